@@ -1,0 +1,122 @@
+"""What counts as valid input: arrays become float64, everything else gets an error that says why.
+
+All maths after this page sees one format, whatever the caller had:
+
+    a: (N, T, d_in)        the layer's inputs,           T = 1 without positions
+    g: (S, N, T, d_out)    the layer's output gradients, S = 1 with one vector per example
+"""
+
+import numpy as np
+
+
+def finite_array(name, x, ndim=None):
+    """x as a non-empty, finite float64 array (integers and shorter floats convert exactly).
+
+    Raises
+    ------
+    ValueError
+        If x is not numeric, is empty, holds NaN or infinity, or has the wrong number of axes.
+    """
+    x = np.asarray(x)
+    if x.dtype.kind not in "iuf" or x.dtype.itemsize > 8:
+        raise ValueError(f"{name} must hold real numbers that fit float64; its dtype is {x.dtype}")
+    if ndim is not None and x.ndim != ndim:
+        raise ValueError(f"{name} must have {ndim} axes; its shape is {x.shape}")
+    if x.size == 0:
+        raise ValueError(f"{name} must not be empty; its shape is {x.shape}")
+    x = x.astype(np.float64)
+    if not np.isfinite(x).all():
+        bad = int((~np.isfinite(x)).sum())
+        raise ValueError(f"{name} must be finite; {bad} of {x.size} entries are NaN or infinite")
+    return x
+
+
+def square_matrix(name, x):
+    """x as a finite float64 (d, d) array; ValueError otherwise."""
+    x = finite_array(name, x, ndim=2)
+    if x.shape[0] != x.shape[1]:
+        raise ValueError(f"{name} must be square; its shape is {x.shape}")
+    return x
+
+
+def matrix_of_shape(name, x, shape):
+    """x as a finite float64 array of that shape; ValueError otherwise."""
+    x = finite_array(name, x)
+    if x.shape != tuple(shape):
+        raise ValueError(f"{name} must have shape {tuple(shape)}; its shape is {x.shape}")
+    return x
+
+
+def one_of(name, value, choices):
+    """value, if it is one of the choices; ValueError that lists them otherwise."""
+    if value not in tuple(choices):
+        listed = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {listed}; got {value!r}")
+    return value
+
+
+def real_number(name, value, at_least=None, at_most=None, above=None):
+    """value as a finite float within its bounds; ValueError otherwise."""
+    bounds = []
+    if at_least is not None:
+        bounds.append(f">= {at_least}")
+    if above is not None:
+        bounds.append(f"> {above}")
+    if at_most is not None:
+        bounds.append(f"<= {at_most}")
+    wanted = " and ".join(["a finite number", *bounds])
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be {wanted}; got {value!r}") from None
+    inside = (
+        np.isfinite(number)
+        and (at_least is None or number >= at_least)
+        and (above is None or number > above)
+        and (at_most is None or number <= at_most)
+    )
+    if not inside:
+        raise ValueError(f"{name} must be {wanted}; got {value!r}")
+    return number
+
+
+def whole_number(name, value, at_least):
+    """value as an int >= at_least; ValueError otherwise (booleans are not numbers here)."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < at_least:
+        raise ValueError(f"{name} must be a whole number >= {at_least}; got {value!r}")
+    return int(value)
+
+
+def layer_inputs(a, g):
+    """The pair (a, g) of one layer in the one format: (N, T, d_in) and (S, N, T, d_out).
+
+    Parameters
+    ----------
+    a : (N, d_in) array, or (N, T, d_in) with T positions per example.
+    g : same leading axes as a, then d_out; or one axis more in front, for S vectors per example.
+
+    Raises
+    ------
+    ValueError
+        If either is not numeric, empty, or not finite, or their axes do not match.
+    """
+    a, g = finite_array("a", a), finite_array("g", g)
+    if a.ndim not in (2, 3):
+        raise ValueError(
+            f"a must be (N, d_in), or (N, T, d_in) with positions; its shape is {a.shape}"
+        )
+    if g.ndim not in (a.ndim, a.ndim + 1):
+        raise ValueError(
+            f"g must have as many axes as a ({a.ndim}), or one more in front for several vectors "
+            f"per example; its shape is {g.shape}"
+        )
+    if g.ndim == a.ndim:
+        g = g[None]
+    if g.shape[1:-1] != a.shape[:-1]:
+        raise ValueError(
+            f"a and g must agree in every axis before the last (examples, positions); "
+            f"a has {a.shape[:-1]}, g has {g.shape[1:-1]}"
+        )
+    if a.ndim == 2:
+        a, g = a[:, None], g[:, :, None]
+    return a, g
