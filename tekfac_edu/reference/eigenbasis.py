@@ -50,6 +50,9 @@ def eigenbasis(S):
 def qr_iteration(S, Q):
     """One warm-started step of orthogonal iteration, Q ← qr(S Q): a cheap, approximate eigenbasis.
 
+    The columns are first put in descending order of qᵀSq. In another order the leading columns,
+    which QR leaves almost alone, drown the later ones, and a step makes the basis worse.
+
     Parameters
     ----------
     S : (d, d) array, symmetric positive semi-definite.
@@ -57,10 +60,12 @@ def qr_iteration(S, Q):
 
     Returns
     -------
-    (d, d) array, orthogonal to rounding whether or not it has converged.
+    (d, d) array, orthogonal to rounding whether or not it has converged; largest direction first.
     """
     S = square_matrix("S", S)
-    Q_new, R = np.linalg.qr(S @ matrix_of_shape("Q", Q, S.shape))
+    Q = matrix_of_shape("Q", Q, S.shape)
+    largest_first = np.argsort(-np.einsum("ij,ik,kj->j", Q, S, Q, optimize=True))
+    Q_new, R = np.linalg.qr(S @ Q[:, largest_first])
     return Q_new * np.where(np.diag(R) < 0, -1.0, 1.0)
 
 

@@ -1,0 +1,1 @@
+"""Independent oracles for tekfac_edu.reference: one test file beside each of its modules."""

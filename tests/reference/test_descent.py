@@ -1,0 +1,283 @@
+"""If this fails, training steps by stale or wrongly ordered statistics; its curves mislead."""
+
+import numpy as np
+import pytest
+
+from tekfac_edu.reference import MLP, GradientDescent, NaturalGradient, train
+
+from .oracles import (
+    assert_close,
+    corrected_eigenvalues_by_loops,
+    kfac_factors_by_loops,
+    solve_dense,
+    trace_restricted_numerators_by_loops,
+    vec_by_loops,
+)
+
+WIDTHS = (3, 4, 2)
+METHODS = ["kfac", "ekfac", "tkfac", "tekfac"]
+CORRECTED = ["ekfac", "tekfac"]
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+def stream(steps, N=6):
+    """Batches whose scale drifts, so that an old statistic is not like a new one."""
+    rng = np.random.default_rng(0)
+    for k in range(steps):
+        yield (1 + 0.5 * k) * rng.normal(size=(N, 3)), rng.integers(2, size=N)
+
+
+class DenseLayer:
+    """One layer's damped matrix by the rules of the papers, dense, nothing clever."""
+
+    def __init__(self, method, settings):
+        self.method, self.settings = method, settings
+        self.numerators = self.factors = self.bases = self.scaled = None
+
+    def averaged(self, old, new, decay):
+        if old is None:
+            return new
+        return tuple(decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
+
+    def update(self, k, a, g):
+        s = self.settings
+        if k % s["factor_interval"] == 0:
+            rule = (
+                kfac_factors_by_loops
+                if self.method in ("kfac", "ekfac")
+                else trace_restricted_numerators_by_loops
+            )
+            self.numerators = self.averaged(self.numerators, rule(a, g), s["factor_decay"])
+        if k % s["eigen_interval"] == 0:
+            if self.method in ("kfac", "ekfac"):
+                self.factors = (1.0, *self.numerators)
+            else:
+                delta, left, right = self.numerators
+                self.factors = delta, left / delta, right / delta
+            if self.scaled is None or s["basis"] == "eigh":
+                self.bases = [np.linalg.eigh(S)[1] for S in self.factors[1:]]
+            else:
+                self.bases = [
+                    np.linalg.qr(S @ Q[:, np.argsort(-np.diag(Q.T @ S @ Q))])[0]
+                    for S, Q in zip(self.factors[1:], self.bases, strict=True)
+                ]
+            if self.scaled is not None:
+                Q = np.kron(*self.bases)
+                self.scaled = Q * np.diag(Q.T @ self.scaled @ Q) @ Q.T
+        if k % s["scale_interval"] == 0:
+            D = corrected_eigenvalues_by_loops(a, g, *self.bases)
+            Q = np.kron(*self.bases)
+            new = (Q * vec_by_loops(D) @ Q.T,)
+            old = None if self.scaled is None else (self.scaled,)
+            self.scaled = self.averaged(old, new, s["scale_decay"])[0]
+
+    def damped(self, damping):
+        delta, left, right = self.factors
+        I_in, I_out, root = np.eye(len(left)), np.eye(len(right)), np.sqrt(damping)
+        if self.method in CORRECTED:
+            return self.scaled + damping * np.eye(len(self.scaled))
+        if self.method == "kfac":
+            pi = np.sqrt(np.trace(left) / len(left) / (np.trace(right) / len(right)))
+            return np.kron(left + pi * root * I_in, right + root / pi * I_out)
+        return np.kron(np.sqrt(delta) * left + root * I_in, np.sqrt(delta) * right + root * I_out)
+
+
+def compare(method, steps=7, lr=0.1, damping=0.05, momentum=0.0, lr_scale="natural", **chosen):
+    """Run the package and the dense loop side by side; their weights must stay together."""
+    settings = {
+        "factor_interval": 1,
+        "eigen_interval": 1,
+        "scale_interval": 1,
+        "factor_decay": 0.8,
+        "scale_decay": 0.7,
+        "basis": "eigh",
+        **chosen,
+    }
+    mlp, expected = MLP(WIDTHS, rng=1), MLP(WIDTHS, rng=1)
+    optimizer = NaturalGradient(
+        mlp,
+        method,
+        lr,
+        damping,
+        momentum=momentum,
+        fisher="exact",
+        lr_scale=lr_scale,
+        **settings,
+    )
+    layers = [DenseLayer(method, settings) for _ in expected.weights]
+    velocity = [np.zeros_like(W) for W in expected.weights]
+    for k, (x, y) in enumerate(stream(steps)):
+        statistics = expected.layer_statistics(x, fisher="exact")
+        gradients = expected.gradients(x, y)
+        loss = expected.loss(x, y)
+        for i, layer in enumerate(layers):
+            layer.update(k, statistics[i].a, statistics[i].g)
+            direction = solve_dense(layer.damped(damping), gradients[i])
+            if lr_scale == "sgd":
+                direction = damping * direction
+            velocity[i] = momentum * velocity[i] + direction
+            expected.weights[i] -= lr * velocity[i]
+        assert optimizer.step(x, y) == pytest.approx(loss, rel=1e-9)
+        for W, V in zip(mlp.weights, expected.weights, strict=True):
+            # seven steps, each with a solve of condition 1e3, each passing its error on
+            assert_close(W, V, rtol=1e-9)
+
+
+@every_method
+def test_plain_steps(method):
+    compare(method)
+
+
+@every_method
+def test_momentum(method):
+    compare(method, momentum=0.9)
+
+
+@every_method
+def test_lr_that_means_what_it_means_for_sgd(method):
+    compare(method, lr_scale="sgd", lr=0.5)
+
+
+@every_method
+@pytest.mark.parametrize("intervals", [(1, 2, 1), (2, 2, 1), (1, 3, 2), (2, 4, 3), (3, 1, 2)])
+def test_intervals(method, intervals):
+    factor, eigen, scale = intervals
+    compare(method, factor_interval=factor, eigen_interval=eigen, scale_interval=scale)
+
+
+@pytest.mark.parametrize("method", CORRECTED)
+@pytest.mark.parametrize("eigen_interval", [1, 2])
+def test_warm_qr_bases(method, eigen_interval):
+    compare(method, basis="qr", eigen_interval=eigen_interval)
+
+
+@every_method
+def test_no_memory_at_all(method):
+    compare(method, factor_decay=0.0, scale_decay=0.0)
+
+
+def test_moving_the_average_is_not_a_detail():
+    """The dense loop without the move must disagree with the package."""
+
+    class Unmoved(DenseLayer):
+        def update(self, k, a, g):
+            before = self.bases
+            kept = self.scaled
+            super().update(k, a, g)
+            if kept is not None:
+                Q_old, Q = np.kron(*before), np.kron(*self.bases)
+                stale = np.diag(Q_old.T @ kept @ Q_old)
+                D = vec_by_loops(corrected_eigenvalues_by_loops(a, g, *self.bases))
+                decay = self.settings["scale_decay"]
+                self.scaled = Q * (decay * stale + (1 - decay) * D) @ Q.T
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="differs by"):
+        patch.setitem(globals(), "DenseLayer", Unmoved)
+        compare("tekfac", lr=1.0)
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
+def test_first_step_by_each_fisher(fisher):
+    (x, y), lr, damping = next(stream(1)), 0.3, 0.1
+    mlp = MLP(WIDTHS, rng=1)
+    before = [W.copy() for W in mlp.weights]
+    statistics = mlp.layer_statistics(x, y, fisher=fisher, rng=np.random.default_rng(5))
+    gradients = mlp.gradients(x, y)
+    settings = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
+    settings |= {"factor_decay": 0.9, "scale_decay": 0.9, "basis": "eigh"}
+    rng = np.random.default_rng(5)
+    NaturalGradient(mlp, "tekfac", lr, damping, fisher=fisher, rng=rng).step(x, y)
+    for W, old, layer, gradient in zip(mlp.weights, before, statistics, gradients, strict=True):
+        dense = DenseLayer("tekfac", settings)
+        dense.update(0, layer.a, layer.g)
+        assert_close(W, old - lr * solve_dense(dense.damped(damping), gradient), rtol=1e-11)
+
+
+@every_method
+def test_one_step_solves_a_linear_regression(method):
+    """The exact Fisher of a linear model is its Hessian, and every method is exact there."""
+    rng = np.random.default_rng(0)
+    x, W = rng.normal(size=(20, 3)), rng.normal(size=(2, 4))
+    y = x @ W[:, :3].T + W[:, 3]
+    mlp = MLP((3, 2), rng=0)
+    optimizer = NaturalGradient(
+        mlp, method, lr=1.0, damping=1e-14, fisher="exact", loss="squared_error"
+    )
+    optimizer.step(x, y)
+    # factored damping adds √1e-14 to each factor: the step is off by 1e-7 times the condition
+    assert np.abs(mlp.weights[0] - W).max() < 1e-5
+
+
+def test_gradient_descent_with_momentum():
+    mlp, expected = MLP(WIDTHS, rng=1), MLP(WIDTHS, rng=1)
+    optimizer = GradientDescent(mlp, 0.1, momentum=0.9)
+    velocity = [np.zeros_like(W) for W in expected.weights]
+    for x, y in stream(5):
+        loss, gradients = expected.loss(x, y), expected.gradients(x, y)
+        for i, gradient in enumerate(gradients):
+            velocity[i] = 0.9 * velocity[i] + gradient
+            expected.weights[i] -= 0.1 * velocity[i]
+        assert optimizer.step(x, y) == pytest.approx(loss, rel=1e-12)
+        for W, V in zip(mlp.weights, expected.weights, strict=True):
+            assert_close(W, V)
+
+
+def small_problem():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(50, 3))
+    return x, (x[:, 0] * x[:, 1] > 0).astype(int)
+
+
+@every_method
+def test_training_lowers_the_loss_and_repeats_itself(method):
+    x, y = small_problem()
+
+    def run():
+        mlp = MLP((3, 8, 2), rng=0)
+        optimizer = NaturalGradient(
+            mlp, method, lr=0.1, damping=0.1, momentum=0.5, rng=np.random.default_rng(1)
+        )
+        losses = train(optimizer, x, y, epochs=15, batch_size=20, rng=np.random.default_rng(2))
+        return mlp, losses
+
+    start = MLP((3, 8, 2), rng=0).loss(x, y)
+    mlp, losses = run()
+    assert losses.shape == (15,)
+    assert losses[-1] == pytest.approx(mlp.loss(x, y), rel=1e-12)
+    assert start > 0.6  # chance is log 2 = 0.69
+    assert losses[-1] < 0.45
+    assert np.array_equal(losses, run()[1])
+
+
+def test_train_takes_every_example_once_per_epoch():
+    x, y = small_problem()
+    seen = []
+
+    class Recorder:
+        def __init__(self, mlp):
+            self.mlp, self.loss = mlp, "cross_entropy"
+
+        def step(self, x, y):
+            seen.append((x.copy(), y.copy()))
+            return 0.0
+
+    train(Recorder(MLP((3, 2), rng=0)), x, y, epochs=2, batch_size=20, rng=np.random.default_rng(0))
+    assert [len(batch) for batch, _ in seen] == [20, 20, 10] * 2
+    for epoch in (seen[:3], seen[3:]):
+        rows = np.vstack([np.column_stack(pair) for pair in epoch])
+        expected = np.column_stack([x, y])
+        assert np.array_equal(rows[np.lexsort(rows.T)], expected[np.lexsort(expected.T)])
+    assert not np.array_equal(seen[0][0], seen[3][0])
+
+
+@every_method
+def test_a_bad_batch_leaves_the_weights_alone(method):
+    (x, y) = next(stream(1))
+    mlp = MLP(WIDTHS, rng=1)
+    optimizer = NaturalGradient(mlp, method, 0.1, 0.1, fisher="exact")
+    optimizer.step(x, y)
+    before = [W.copy() for W in mlp.weights]
+    x[2, 1] = np.nan
+    with pytest.raises(ValueError, match=r"\bx\b.*(nan|finite)"):
+        optimizer.step(x, y)
+    assert all(np.array_equal(W, V) for W, V in zip(mlp.weights, before, strict=True))
