@@ -42,8 +42,8 @@ book: install-book  ## execute every chapter and render the book; the last line 
 test: install-test  ## everything: style, unit tests, every chapter's outputs and figures, the rendered book
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=60 \
-		--nbval-sanitize-with tests/nbval_sanitize.cfg tests book
+	@$(PY) -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=60 \
+		tests book
 
 check: install-test  ## seconds: style and the unit tests of the reference half
 	@$(PY) -m ruff check .

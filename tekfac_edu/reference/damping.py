@@ -11,7 +11,7 @@ Beside chapter 5.
 
 import numpy as np
 
-from tekfac_edu.reference.inputs import real_number
+from tekfac_edu.reference.inputs import real_number, square_matrix
 
 
 def nonnegative_damping(damping):
@@ -25,6 +25,7 @@ def kfac_pi(A, G):
     It makes the split of λ blind to which factor carries the scale (KFAC §6.3). One, if either
     trace is zero, where the rule says nothing.
     """
+    A, G = square_matrix("A", A), square_matrix("G", G)
     mean_A, mean_G = np.trace(A) / len(A), np.trace(G) / len(G)
     return float(np.sqrt(mean_A) / np.sqrt(mean_G)) if mean_A > 0 and mean_G > 0 else 1.0
 

@@ -12,7 +12,12 @@ import numpy as np
 from tekfac_edu.reference.damping import nonnegative_damping
 from tekfac_edu.reference.eigenbasis import eigenbasis, qr_iteration
 from tekfac_edu.reference.ekfac import EKFAC
-from tekfac_edu.reference.inputs import one_of, real_number, whole_number
+from tekfac_edu.reference.inputs import (
+    one_of,
+    random_generator,
+    real_number,
+    whole_number,
+)
 from tekfac_edu.reference.kfac import KFAC
 from tekfac_edu.reference.rescaling import corrected_eigenvalues, move_eigenvalues
 from tekfac_edu.reference.tekfac import TEKFAC
@@ -29,6 +34,10 @@ class LayerCurvature:
     method : KFAC, EKFAC, TKFAC or TEKFAC.
     factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
     basis : "eigh", or "qr" for one warm-started QR iteration per refresh (corrected methods only).
+
+    Attributes
+    ----------
+    approximation : the method's object, once it has been refreshed.
     """
 
     def __init__(self, method, factor_decay=0.95, scale_decay=0.95, basis="eigh"):
@@ -36,8 +45,12 @@ class LayerCurvature:
         self.factor_decay = real_number("factor_decay", factor_decay, at_least=0, at_most=1)
         self.scale_decay = real_number("scale_decay", scale_decay, at_least=0, at_most=1)
         self.basis = one_of("basis", basis, ("eigh", "qr"))
-        self.factors = None
-        self.approximation = None
+        if basis == "qr" and not method.corrected:
+            raise ValueError(
+                f'basis="qr" is for EKFAC and TEKFAC, which are exact about any basis; '
+                f'{method.__name__} needs the eigenvalues of its factors: "eigh"'
+            )
+        self.factors = self.Q_in = self.Q_out = self.eigenvalues = self.approximation = None
 
     def update_factors(self, a, g):
         """Average in the factors of a batch; the first batch replaces."""
@@ -51,27 +64,25 @@ class LayerCurvature:
         if not self.method.corrected:
             self.approximation = self.method.from_factors(self.factors)
             return
+        old = self.Q_in, self.Q_out
         S_in, S_out = self.factors.pair
-        old = self.approximation
-        if old is None:
-            self.approximation = self.method(eigenbasis(S_in)[1], eigenbasis(S_out)[1], None)
-            return
-        if self.basis == "qr":
-            Q_in, Q_out = qr_iteration(S_in, old.Q_in), qr_iteration(S_out, old.Q_out)
+        if self.basis == "qr" and self.Q_in is not None:
+            self.Q_in, self.Q_out = qr_iteration(S_in, old[0]), qr_iteration(S_out, old[1])
         else:
-            Q_in, Q_out = eigenbasis(S_in)[1], eigenbasis(S_out)[1]
-        moved = move_eigenvalues(old.eigenvalues, old.Q_in, old.Q_out, Q_in, Q_out)
-        self.approximation = self.method(Q_in, Q_out, moved)
+            self.Q_in, self.Q_out = eigenbasis(S_in)[1], eigenbasis(S_out)[1]
+        if self.eigenvalues is not None:
+            self.eigenvalues = move_eigenvalues(self.eigenvalues, *old, self.Q_in, self.Q_out)
+            self.approximation = self.method(self.Q_in, self.Q_out, self.eigenvalues)
 
     def update_scale(self, a, g):
         """Average in the corrected eigenvalues of a batch, measured in the present basis."""
         if not self.method.corrected:
             return
-        old = self.approximation
-        new = corrected_eigenvalues(a, g, old.Q_in, old.Q_out)
-        if old.eigenvalues is not None:
-            new = self.scale_decay * old.eigenvalues + (1 - self.scale_decay) * new
-        self.approximation = self.method(old.Q_in, old.Q_out, new)
+        new = corrected_eigenvalues(a, g, self.Q_in, self.Q_out)
+        if self.eigenvalues is not None:
+            new = self.scale_decay * self.eigenvalues + (1 - self.scale_decay) * new
+        self.eigenvalues = new
+        self.approximation = self.method(self.Q_in, self.Q_out, new)
 
 
 class NaturalGradient:
@@ -117,7 +128,7 @@ class NaturalGradient:
         method = METHODS[one_of("method", method, METHODS)]
         self.lr = real_number("lr", lr, above=0)
         self.damping = nonnegative_damping(damping)
-        self.momentum = real_number("momentum", momentum, at_least=0, at_most=1)
+        self.momentum = real_number("momentum", momentum, at_least=0, below=1)
         self.loss, self.fisher, self.rng = loss, fisher, rng
         self.factor_interval = whole_number("factor_interval", factor_interval, 1)
         self.eigen_interval = whole_number("eigen_interval", eigen_interval, 1)
@@ -168,7 +179,7 @@ class GradientDescent:
     def __init__(self, mlp, lr, *, momentum=0.9, loss="cross_entropy"):
         self.mlp, self.loss = mlp, loss
         self.lr = real_number("lr", lr, above=0)
-        self.momentum = real_number("momentum", momentum, at_least=0, at_most=1)
+        self.momentum = real_number("momentum", momentum, at_least=0, below=1)
         self.velocities = [np.zeros_like(W) for W in mlp.weights]
 
     def step(self, x, y):
@@ -195,6 +206,7 @@ def train(optimizer, x, y, *, epochs, batch_size, rng):
     """
     epochs = whole_number("epochs", epochs, 1)
     batch_size = whole_number("batch_size", batch_size, 1)
+    rng = random_generator("rng", rng)
     x, y = np.asarray(x), np.asarray(y)
     history = []
     for _ in range(epochs):

@@ -18,6 +18,7 @@ from tekfac_edu.reference.eigenbasis import (
     precondition_corrected,
 )
 from tekfac_edu.reference.factors import kfac_factors
+from tekfac_edu.reference.inputs import eigen_form
 from tekfac_edu.reference.rescaling import corrected_eigenvalues
 
 
@@ -37,6 +38,9 @@ class EKFAC:
 
     estimate_factors = staticmethod(kfac_factors)
     corrected = True
+
+    def __post_init__(self):
+        eigen_form(self.Q_in, self.Q_out, self.eigenvalues)
 
     @classmethod
     def fit(cls, a, g):

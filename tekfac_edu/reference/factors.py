@@ -38,7 +38,7 @@ class KFACFactors:
 
     def averaged_with(self, new, decay):
         """Running average `decay · self + (1 − decay) · new`; decay is the weight of the old."""
-        rho = real_number("decay", decay, at_least=0, at_most=1)
+        rho = _decay_for(self, new, decay)
         return KFACFactors(rho * self.A + (1 - rho) * new.A, rho * self.G + (1 - rho) * new.G)
 
 
@@ -69,7 +69,7 @@ class TraceRestrictedFactors:
         δ its trace. Averaging the ratios Φ and Ψ themselves would give a batch of tiny gradients
         the same say as any other; unequal decays would break even the trace.
         """
-        rho = real_number("decay", decay, at_least=0, at_most=1)
+        rho = _decay_for(self, new, decay)
         old_weight, new_weight = rho * self.delta, (1 - rho) * new.delta
         delta = old_weight + new_weight
         if delta == 0:
@@ -79,6 +79,17 @@ class TraceRestrictedFactors:
             (old_weight * self.Phi + new_weight * new.Phi) / delta,
             (old_weight * self.Psi + new_weight * new.Psi) / delta,
         )
+
+
+def _decay_for(old, new, decay):
+    """The decay as a float, once `new` is known to fit `old`."""
+    sizes = [S.shape for S in old.pair]
+    if type(new) is not type(old) or [S.shape for S in new.pair] != sizes:
+        raise ValueError(
+            f"new must be {type(old).__name__} of sizes {sizes}; got {type(new).__name__} "
+            f"{[S.shape for S in new.pair] if hasattr(new, 'pair') else ''}"
+        )
+    return real_number("decay", decay, at_least=0, at_most=1)
 
 
 def kfac_factors(a, g):

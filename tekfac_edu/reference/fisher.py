@@ -49,6 +49,11 @@ def fisher_matrix(statistics):
     """
     if not statistics:
         raise ValueError("statistics must hold at least one layer; got none")
+    counts = [np.shape(layer.a)[:1] + np.shape(layer.g)[:-1] for layer in statistics]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"statistics must come from one batch; the leading axes of (a, g) differ: {counts}"
+        )
     vectors = np.concatenate([_gradient_vectors(layer.a, layer.g) for layer in statistics], axis=2)
     return np.einsum("snp,snq->pq", vectors, vectors, optimize=True) / vectors.shape[1]
 

@@ -55,36 +55,49 @@ def one_of(name, value, choices):
     return value
 
 
-def real_number(name, value, at_least=None, at_most=None, above=None):
-    """value as a finite float within its bounds; ValueError otherwise."""
-    bounds = []
-    if at_least is not None:
-        bounds.append(f">= {at_least}")
-    if above is not None:
-        bounds.append(f"> {above}")
-    if at_most is not None:
-        bounds.append(f"<= {at_most}")
-    wanted = " and ".join(["a finite number", *bounds])
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} must be {wanted}; got {value!r}") from None
+def real_number(name, value, at_least=None, above=None, at_most=None, below=None):
+    """value as a finite float within its bounds; ValueError otherwise, for text and bools too."""
+    bounds = ((">=", at_least), (">", above), ("<=", at_most), ("<", below))
+    wanted = " and ".join(
+        ["a finite number", *(f"{sign} {bound}" for sign, bound in bounds if bound is not None)]
+    )
+    number = np.asarray(value)
     inside = (
-        np.isfinite(number)
+        number.ndim == 0
+        and number.dtype.kind in "iuf"
+        and np.isfinite(number)
         and (at_least is None or number >= at_least)
         and (above is None or number > above)
         and (at_most is None or number <= at_most)
+        and (below is None or number < below)
     )
     if not inside:
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
-    return number
+    return float(number)
 
 
 def whole_number(name, value, at_least):
-    """value as an int >= at_least; ValueError otherwise (booleans are not numbers here)."""
+    """value as an int >= at_least; ValueError otherwise (bools are not numbers)."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < at_least:
         raise ValueError(f"{name} must be a whole number >= {at_least}; got {value!r}")
     return int(value)
+
+
+def random_generator(name, rng):
+    """rng, if it is a numpy Generator; ValueError otherwise."""
+    if not isinstance(rng, np.random.Generator):
+        raise ValueError(
+            f"{name} must be a numpy Generator (np.random.default_rng(0)); got {rng!r}"
+        )
+    return rng
+
+
+def eigen_form(Q_in, Q_out, eigenvalues):
+    """ValueError unless the three fit: (d_in, d_in), (d_out, d_out), (d_out, d_in) and >= 0."""
+    Q_in, Q_out = square_matrix("Q_in", Q_in), square_matrix("Q_out", Q_out)
+    D = matrix_of_shape("eigenvalues", eigenvalues, (len(Q_out), len(Q_in)))
+    if D.min() < 0:
+        raise ValueError(f"eigenvalues must be >= 0; the smallest is {D.min():.1e}")
 
 
 def layer_inputs(a, g):

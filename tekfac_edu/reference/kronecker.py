@@ -20,11 +20,15 @@ def vec(M):
 
 def unvec(v, d_out, d_in):
     """The matrix whose stacked columns are v: (d_in * d_out,) -> (d_out, d_in)."""
+    d_out, d_in = whole_number("d_out", d_out, 1), whole_number("d_in", d_in, 1)
     return matrix_of_shape("v", v, (d_in * d_out,)).reshape((d_out, d_in), order="F")
 
 
 def stack_vecs(matrices):
     """One vector for a whole network: the vecs of its layers, one after another."""
+    matrices = [finite_array(f"matrices[{k}]", M, ndim=2) for k, M in enumerate(matrices)]
+    if not matrices:
+        raise ValueError("matrices must hold at least one matrix; got none")
     return np.concatenate([vec(M) for M in matrices])
 
 

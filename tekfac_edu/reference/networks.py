@@ -16,6 +16,7 @@ from tekfac_edu.reference.inputs import (
     finite_array,
     matrix_of_shape,
     one_of,
+    random_generator,
     whole_number,
 )
 
@@ -64,9 +65,12 @@ class MLP:
             raise ValueError(f"widths must name at least inputs and outputs; got {widths}")
         self.widths = widths
         self.activation = one_of("activation", activation, ACTIVATIONS)
-        rng = np.random.default_rng(rng)
+        if isinstance(rng, np.random.Generator):
+            draw = rng
+        else:
+            draw = np.random.default_rng(whole_number("rng (a numpy Generator or a seed)", rng, 0))
         self.weights = [
-            np.hstack([rng.normal(0, d_in**-0.5, (d_out, d_in)), np.zeros((d_out, 1))])
+            np.hstack([draw.normal(0, d_in**-0.5, (d_out, d_in)), np.zeros((d_out, 1))])
             for d_in, d_out in pairwise(widths)
         ]
 
@@ -171,8 +175,7 @@ def _every_class(z, loss):
 
 def _sampled(z, loss, rng, num_samples):
     """(S, N, C): gradients for labels drawn from the model, over √S."""
-    if not isinstance(rng, np.random.Generator):
-        raise ValueError(f'fisher="mc" draws labels: give rng, a numpy Generator; got {rng!r}')
+    rng = random_generator('rng, which fisher="mc" draws labels with,', rng)
     if loss == "squared_error":
         return rng.standard_normal((num_samples, *z.shape)) / np.sqrt(num_samples)
     p = softmax(z, axis=1)

@@ -19,6 +19,7 @@ from tekfac_edu.reference.eigenbasis import (
     precondition_corrected,
 )
 from tekfac_edu.reference.factors import trace_restricted_factors
+from tekfac_edu.reference.inputs import eigen_form
 from tekfac_edu.reference.rescaling import corrected_eigenvalues
 
 
@@ -38,6 +39,9 @@ class TEKFAC:
 
     estimate_factors = staticmethod(trace_restricted_factors)
     corrected = True
+
+    def __post_init__(self):
+        eigen_form(self.Q_in, self.Q_out, self.eigenvalues)
 
     @classmethod
     def fit(cls, a, g):

@@ -9,6 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CHAPTERS = sorted((ROOT / "book").glob("*.ipynb"))
 
+_spec = importlib.util.spec_from_file_location("run_chapters", ROOT / "book" / "run_chapters.py")
+run_chapters = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(run_chapters)
+
 MAX_COLUMNS = 76  # beyond it the page shows a scroll bar
 TAGS = {"hide-input", "hide-output", "hide-cell", "raises-exception"}
 MACHINE_PATH = re.compile(
@@ -206,10 +210,6 @@ def boxes_survive_jupyter(notebook):
 
 
 def in_normal_form(notebook):
-    path = ROOT / "book" / "run_chapters.py"
-    spec = importlib.util.spec_from_file_location("run_chapters", path)
-    run_chapters = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(run_chapters)
     if run_chapters.normalize(copy.deepcopy(notebook)) != notebook:
         yield "not as run_chapters.py leaves it (make run, or run_chapters.py --no-execute)"
 

@@ -1,4 +1,4 @@
-"""If this fails, a chapter shows a reader something that was not run, not checked or not explained."""
+"""If this fails, a chapter shows a reader something that was not run, checked or explained."""
 
 import nbformat
 import pytest

@@ -258,6 +258,8 @@ def test_decay(factors, decay, got):
 def test_averages_of_other_sizes_or_kinds():
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
         KFAC_PAIR.averaged_with(KFACFactors(np.eye(2), np.eye(2)), 0.5)
+    with pytest.raises(ValueError, match=r"\(1, 1\)"):  # NumPy would broadcast
+        KFAC_PAIR.averaged_with(KFACFactors(np.eye(1), np.eye(2)), 0.5)
     with pytest.raises(ValueError, match=r"\(4, 4\)"):
         TRACE_PAIR.averaged_with(TraceRestrictedFactors(1.0, np.eye(4) / 4, np.eye(2) / 2), 0.5)
     with pytest.raises(ValueError, match="KFACFactors"):
