@@ -93,7 +93,7 @@ class NaturalGradient:
     mlp : MLP, trained in place.
     method : "kfac", "ekfac", "tkfac" or "tekfac".
     lr : α > 0. With lr_scale="natural" unitless: 1 is a full Newton-like step.
-    damping : λ > 0, in units of the Fisher.
+    damping : λ >= 0, in units of the Fisher; 0 only while no layer's curvature is singular.
     momentum : τ, 0 to below 1.
     loss, fisher : as for `MLP.layer_statistics`.
     factor_interval, eigen_interval, scale_interval : steps between refreshes of the factors, the
@@ -143,14 +143,16 @@ class NaturalGradient:
     def step(self, x, y):
         """One update from a batch; returns the mean loss before it.
 
-        x : (N, d) array.   y : targets as for `MLP.loss`.
+        x : (N, d) array.   y : targets as for `MLP.loss`. On an error no weight has moved.
         """
         statistics = self.mlp.layer_statistics(x, y, self.fisher, self.loss, self.rng)
         gradients = self.mlp.gradients(x, y, self.loss)
         loss = self.mlp.loss(x, y, self.loss)
-        for layer, curvature in enumerate(self.curvatures):
-            self._refresh(curvature, statistics[layer].a, statistics[layer].g)
-            direction = curvature.approximation.precondition(gradients[layer], self.damping)
+        directions = []
+        for curvature, layer, M in zip(self.curvatures, statistics, gradients, strict=True):
+            self._refresh(curvature, layer.a, layer.g)
+            directions.append(curvature.approximation.precondition(M, self.damping))
+        for layer, direction in enumerate(directions):
             if self.lr_scale == "sgd":
                 direction = self.damping * direction
             self.velocities[layer] = self.momentum * self.velocities[layer] + direction

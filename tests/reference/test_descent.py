@@ -281,3 +281,16 @@ def test_a_bad_batch_leaves_the_weights_alone(method):
     with pytest.raises(ValueError, match=r"\bx\b.*(nan|finite)"):
         optimizer.step(x, y)
     assert all(np.array_equal(W, V) for W, V in zip(mlp.weights, before, strict=True))
+
+
+def test_a_step_that_fails_moves_no_layer():
+    """With cross-entropy the last layer's G is singular: without damping only that layer fails."""
+    rng = np.random.default_rng(0)
+    mlp = MLP((3, 4, 3), rng=0)
+    before = [W.copy() for W in mlp.weights]
+    optimizer = NaturalGradient(mlp, "kfac", lr=0.1, damping=0.0, fisher="exact")
+    x, y = rng.normal(size=(50, 3)), rng.integers(0, 3, size=50)
+    with pytest.raises(ValueError, match="damping"):
+        optimizer.step(x, y)
+    for W, untouched in zip(mlp.weights, before, strict=True):
+        np.testing.assert_array_equal(W, untouched)
