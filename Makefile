@@ -40,10 +40,12 @@ book: install-book  ## execute every chapter and render the book; the last line 
 	@echo "$(CURDIR)/$(HTML)/index.html"
 
 test: install-test  ## everything: style, unit tests, every chapter's outputs and figures, the rendered book
-	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check .
-	@$(PY) -m pytest -q -n 2 --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=60 \
-		tests book
+	@status=0; \
+	$(PY) -m ruff check . || status=1; \
+	$(PY) -m ruff format --check . || status=1; \
+	$(PY) -m pytest -q -n 2 --dist loadfile \
+		--nbval --nbval-current-env --nbval-cell-timeout=60 tests book || status=1; \
+	exit $$status
 
 check: install-test  ## seconds: style and the unit tests of the reference half
 	@$(PY) -m ruff check .
