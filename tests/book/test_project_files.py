@@ -1,6 +1,8 @@
 """If this fails, the ways to install the project disagree: two readers would run two programs."""
 
+import base64
 import importlib.metadata
+import json
 import re
 import subprocess
 import tomllib
@@ -92,3 +94,19 @@ def test_make_help_lists_every_target():
     listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
     for target in ("help", "book", "test", "check", "run", "clean"):
         assert re.search(rf"^  {target} +\S", listed.stdout, re.M)
+
+
+def test_readme_shows_the_figure_of_chapter_8():
+    notebook = json.loads((ROOT / "book" / "08_tekfac.ipynb").read_text(encoding="utf-8"))
+    (drawn,) = [
+        output["data"]["image/png"]
+        for cell in notebook["cells"]
+        if cell["metadata"].get("mystnb", {}).get("figure", {}).get("name") == "fig-08-signature"
+        for output in cell["outputs"]
+        if "image/png" in output.get("data", {})
+    ]
+    shown = ROOT / "book" / "_static" / "four_methods.png"
+    assert shown.read_bytes() == base64.b64decode(drawn), (
+        f"write the figure fig-08-signature of chapter 8 to {shown.relative_to(ROOT)}"
+    )
+    assert shown.relative_to(ROOT).as_posix() in (ROOT / "README.md").read_text(encoding="utf-8")
