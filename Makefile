@@ -22,6 +22,8 @@ export MKL_NUM_THREADS := 1
 export OMP_WAIT_POLICY := passive
 # Kernels take their settings from the book, not from the reader's home directory.
 export IPYTHONDIR := $(CURDIR)/book/_ipython
+# The same for matplotlib, whose list of fonts is made once (`fonts`), before two kernels need it at once.
+export MPLCONFIGDIR := $(CURDIR)/$(BUILD)/matplotlib
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -34,12 +36,14 @@ help:  ## this list
 
 book: install-book  ## execute every chapter and render the book; the last line is its start page
 	@rm -rf $(BUILD)/executed
+	@$(fonts)
 	@$(PY) book/run_chapters.py --into $(BUILD)/executed
 	@$(PY) -m sphinx -q -E -a -n -W --keep-going -D fresh_outputs=_build/executed \
 		-d $(BUILD)/doctrees -b html book $(HTML)
 	@echo "$(CURDIR)/$(HTML)/index.html"
 
 test: install-test  ## everything: style, unit tests, every chapter's outputs and figures, the rendered book
+	@$(fonts)
 	@status=0; \
 	$(PY) -m ruff check . || status=1; \
 	$(PY) -m ruff format --check . || status=1; \
@@ -54,10 +58,13 @@ check: install-test  ## seconds: style and the unit tests of the reference half
 
 run: install-book  ## make run CHAPTER=06: execute one chapter in a fresh kernel and store its outputs
 	@test -n "$(CHAPTER)" || { echo "make run CHAPTER=06, please: which chapter?" >&2; exit 2; }
+	@$(fonts)
 	@$(PY) book/run_chapters.py "$(CHAPTER)"
 
 clean:  ## remove what was built (.venv stays)
 	rm -rf $(BUILD) .pytest_cache .ruff_cache .hypothesis
+
+fonts = mkdir -p "$(MPLCONFIGDIR)" && $(PY) -W ignore -c "import matplotlib.font_manager" 2>/dev/null
 
 # The environment remembers which project folder, requirements and pins it was set up for.
 state = { pwd; cat pyproject.toml constraints.txt; }
