@@ -1,0 +1,47 @@
+"""If this fails, the notation page sends a reader to a name that the package does not have."""
+
+import inspect
+import re
+
+import pytest
+from chapter_rules import ROOT
+
+from tekfac_edu import reference
+
+TEXT = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
+NAMES = sorted(set(re.findall(r"`reference\.(\w+)`", TEXT)))
+
+
+def test_the_page_names_code():
+    assert len(NAMES) >= 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_is_public(name):
+    assert name in reference.__all__
+    assert hasattr(reference, name)
+
+
+@pytest.mark.parametrize("argument", ["factor_decay", "scale_decay", "lr", "momentum"])
+def test_argument_exists(argument):
+    assert f"`{argument}`" in TEXT
+    assert argument in inspect.signature(reference.NaturalGradient).parameters
+
+
+@pytest.mark.parametrize("name", ["KFAC", "EKFAC", "TKFAC", "TEKFAC"])
+def test_methods_have_the_attribute_the_page_promises(name):
+    assert "`.eigenvalues` of each method" in TEXT
+    method = getattr(reference, name)
+    fields = getattr(method, "__dataclass_fields__", {})
+    assert "eigenvalues" in fields or isinstance(method.eigenvalues, property)
+
+
+def test_layer_statistics_and_network_attributes():
+    mlp = reference.MLP((2, 3), rng=0)
+    assert [W.shape for W in mlp.weights] == [(3, 3)]
+    assert set(reference.LayerStatistics.__dataclass_fields__) == {"a", "g"}
+
+
+def test_every_fisher_of_the_page_is_accepted():
+    choices = re.findall(r'^\| \w+.*\| `"(\w+)"` \|', TEXT, re.M)
+    assert tuple(choices) == reference.networks.FISHERS
