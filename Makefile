@@ -64,7 +64,7 @@ run: install-book  ## make run CHAPTER=06: execute one chapter in a fresh kernel
 clean:  ## remove what was built (.venv stays)
 	rm -rf $(BUILD) .pytest_cache .ruff_cache .hypothesis
 
-fonts = mkdir -p "$(MPLCONFIGDIR)" && $(PY) -W ignore -c "import matplotlib.font_manager" 2>/dev/null
+fonts = mkdir -p "$(MPLCONFIGDIR)" && $(PY) -c "import matplotlib.font_manager"
 
 # The environment remembers which project folder, requirements and pins it was set up for.
 state = { pwd; cat pyproject.toml constraints.txt; }
