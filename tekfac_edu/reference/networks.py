@@ -99,7 +99,7 @@ class MLP:
     def layer_statistics(
         self, x, y=None, fisher="exact", loss="cross_entropy", rng=None, num_samples=1
     ):
-        """Inputs a and output gradients g of every layer (methods of section "Three Fishers").
+        """Inputs a and output gradients g of every layer, for one of three Fishers (chapter 2).
 
         Parameters
         ----------
