@@ -84,14 +84,6 @@ def draw_curves(band="range"):
     return fig
 
 
-def draw_bars():
-    fig, ax = figures.subplots()
-    errors = np.random.default_rng(0).random((5, 3))
-    figures.layer_bars(ax, {method: errors for method in figures.METHOD_STYLES})
-    ax.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return fig
-
-
 def draw_triangle(leg_a=0.4, leg_b=0.3):
     fig, ax = figures.subplots()
     figures.right_triangle(ax, np.hypot(leg_a, leg_b), leg_a, leg_b)
@@ -108,7 +100,6 @@ DRAWERS = {
     "spectra": draw_spectra,
     "curves": draw_curves,
     "curves-quartiles": lambda: draw_curves("quartiles"),
-    "bars": draw_bars,
     "triangle": draw_triangle,
     "triangle-flat": lambda: draw_triangle(0.194, 0.063),
     "triangle-degenerate": lambda: draw_triangle(0.4, 0.0),
@@ -254,21 +245,6 @@ def test_end_labels_stand_in_the_order_of_the_curves():
     assert np.argsort(heights).tolist() == np.argsort(ends).tolist()
 
 
-def test_bars_are_medians_and_whiskers_reach_from_smallest_to_largest():
-    ax = empty_axes()
-    errors = {method: np.random.default_rng(k).random((5, 3)) for k, method in enumerate(FOUR)}
-    figures.layer_bars(ax, errors, layers=["in", "mid", "out"])
-    assert [label.get_text() for label in ax.get_xticklabels()] == ["in", "mid", "out"]
-    bars = [container for container in ax.containers if hasattr(container, "patches")]
-    for container, values in zip(bars, errors.values(), strict=True):
-        heights = [patch.get_height() for patch in container.patches]
-        np.testing.assert_allclose(heights, np.median(values, axis=0), rtol=1e-15)
-    whiskers = [c for c in ax.containers if not hasattr(c, "patches")]
-    for container, values in zip(whiskers, errors.values(), strict=True):
-        ends = np.array([segment[:, 1] for segment in container.lines[2][0].get_segments()])
-        np.testing.assert_allclose(ends, np.stack([values.min(0), values.max(0)], 1), rtol=1e-12)
-
-
 def test_triangle_is_to_scale_with_its_right_angle_at_the_corrected_method():
     ax = empty_axes()
     figures.right_triangle(ax, 5.0, 4.0, 3.0, labels=("F", "TKFAC", "TEKFAC"))
@@ -335,12 +311,6 @@ I2, NAN2 = np.eye(2), np.array([[1.0, np.nan], [0.0, 1.0]])
         ),
         (lambda: figures.band_note(5, "std"), "band must be one of range, quartiles; got 'std'"),
         (lambda: draw("end_labels"), "ax has no labelled lines"),
-        (lambda: draw("layer_bars", {}), "errors must have"),
-        (
-            lambda: draw("layer_bars", {"KFAC": np.ones((5, 3)), "EKFAC": np.ones((5, 2))}),
-            "errors must have the same number of layers",
-        ),
-        (lambda: draw("layer_bars", {"KFAC": np.ones((5, 3))}, ["a"]), "layers must have 3 names"),
         (lambda: draw("right_triangle", 5, 4, 2), "must satisfy hypotenuse² = .*got 25 and 20"),
         (lambda: draw("right_triangle", 0, 0, 0), "hypotenuse, leg_a, leg_b must be > 0"),
         (lambda: draw("right_triangle", 5, 4, 3, ("F", "K", "E")), "method must be one of"),

@@ -8,7 +8,6 @@ from tekfac_edu.figures.curves import (
     band_note,
     curves_with_bands,
     end_labels,
-    layer_bars,
     spectra,
 )
 from tekfac_edu.figures.geometry import ellipse, right_triangle
@@ -28,7 +27,6 @@ __all__ = [
     "curves_with_bands",
     "ellipse",
     "end_labels",
-    "layer_bars",
     "matrices",
     "method_map",
     "method_style",

@@ -1,15 +1,14 @@
-"""Plots over a line of numbers: spectra, curves over training with bands, bars over layers.
+"""Plots over a line of numbers: spectra, and curves over training with bands.
 
 Each draws into the axes it is given and returns nothing, so that a cell reads
 ``fig, ax = subplots(); spectra(ax, ...); fig``.
 """
 
 import numpy as np
-from matplotlib.colors import to_rgb
 from matplotlib.ticker import LogLocator
 from scipy.optimize import isotonic_regression
 
-from tekfac_edu.figures.style import INK, finite_matrix, method_style
+from tekfac_edu.figures.style import finite_matrix, method_style
 
 BANDS = {
     "range": ("min to max", (0.0, 1.0)),
@@ -123,58 +122,6 @@ def end_labels(ax, size=8.5):
             size=size,
             weight="bold",
         )
-
-
-def layer_bars(ax, errors, layers=None, ylabel="relative Frobenius error"):
-    """Grouped bars, one group for each layer: the median over seeds, and whiskers from the smallest
-    to the largest.
-
-    Parameters
-    ----------
-    ax : Axes.
-    errors : dict from a method's name to a (seeds, L) array.
-    layers : list of L names; "layer 1", ... if None.
-    ylabel : str.
-    """
-    errors = {
-        method: finite_matrix(f"errors[{method!r}]", values) for method, values in errors.items()
-    }
-    if not errors or len({values.shape[1] for values in errors.values()}) != 1:
-        shapes = {method: values.shape for method, values in errors.items()}
-        raise ValueError(
-            f"errors must have the same number of layers for all methods, got {shapes}"
-        )
-    count = next(iter(errors.values())).shape[1]
-    layers = [f"layer {k + 1}" for k in range(count)] if layers is None else list(layers)
-    if len(layers) != count:
-        raise ValueError(f"layers must have {count} names, got {layers}")
-    width = 0.84 / len(errors)
-    for k, (method, values) in enumerate(errors.items()):
-        style, middle = method_style(method), np.median(values, axis=0)
-        x = np.arange(count) + (k - (len(errors) - 1) / 2) * width
-        tint = tuple(1 - 0.28 * (1 - c) for c in to_rgb(style.color))
-        ax.bar(
-            x,
-            middle,
-            0.86 * width,
-            label=method,
-            linewidth=1.3,
-            edgecolor=style.color,
-            facecolor=style.color if style.filled else tint,
-        )
-        ax.errorbar(
-            x,
-            middle,
-            [middle - values.min(0), values.max(0) - middle],
-            fmt="none",
-            ecolor=INK,
-            elinewidth=1,
-            capsize=2,
-        )
-    ax.set_xticks(np.arange(count), layers)
-    ax.tick_params(axis="x", length=0)
-    ax.grid(axis="x", visible=False)
-    ax.set(ylabel=ylabel, ylim=(0, None))
 
 
 def _check_band(band):

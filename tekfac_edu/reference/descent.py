@@ -91,7 +91,7 @@ class NaturalGradient:
     Parameters
     ----------
     mlp : MLP, trained in place.
-    method : "kfac", "ekfac", "tkfac" or "tekfac".
+    method : "kfac", "ekfac", "tkfac" or "tekfac"; or a class of your own built like theirs.
     lr : α > 0. With lr_scale="natural" unitless: 1 is a full Newton-like step.
     damping : λ >= 0, in units of the Fisher; 0 only while no layer's curvature is singular.
     momentum : τ, 0 to below 1.
@@ -125,7 +125,8 @@ class NaturalGradient:
         rng=None,
     ):
         self.mlp = mlp
-        method = METHODS[one_of("method", method, METHODS)]
+        if not isinstance(method, type):
+            method = METHODS[one_of("method", method, METHODS)]
         self.lr = real_number("lr", lr, above=0)
         self.damping = nonnegative_damping(damping)
         self.momentum = real_number("momentum", momentum, at_least=0, below=1)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tekfac_edu.reference import MLP, GradientDescent, NaturalGradient, train
+from tekfac_edu.reference import KFAC, MLP, GradientDescent, NaturalGradient, train
 
 from .oracles import (
     assert_close,
@@ -294,3 +294,21 @@ def test_a_step_that_fails_moves_no_layer():
         optimizer.step(x, y)
     for W, untouched in zip(mlp.weights, before, strict=True):
         np.testing.assert_array_equal(W, untouched)
+
+
+def test_a_class_of_ones_own_is_a_method():
+    """A KFAC that returns half of KFAC's direction moves the weights half as far."""
+
+    class HalfKFAC(KFAC):
+        def precondition(self, M, damping):
+            return super().precondition(M, damping) / 2
+
+    x, y = next(stream(1))
+    moves = []
+    for method in ("kfac", HalfKFAC):
+        mlp = MLP(WIDTHS, rng=1)
+        before = [W.copy() for W in mlp.weights]
+        NaturalGradient(mlp, method, 0.1, 0.1, fisher="exact").step(x, y)
+        moves.append([W - V for W, V in zip(mlp.weights, before, strict=True)])
+    for whole, half in zip(*moves, strict=True):
+        np.testing.assert_allclose(half, whole / 2, rtol=1e-12, atol=1e-15)
