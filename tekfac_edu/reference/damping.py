@@ -11,7 +11,8 @@ Beside chapter 5.
 
 import numpy as np
 
-from tekfac_edu.reference.inputs import real_number, square_matrix
+from tekfac_edu.arguments import real_number
+from tekfac_edu.reference.inputs import square_matrix
 
 
 def nonnegative_damping(damping):

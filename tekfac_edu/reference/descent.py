@@ -9,15 +9,11 @@ often than every step. Beside chapter 5; written to be read, one layer after ano
 
 import numpy as np
 
+from tekfac_edu.arguments import one_of, real_number, whole_number
 from tekfac_edu.reference.damping import nonnegative_damping
 from tekfac_edu.reference.eigenbasis import eigenbasis, qr_iteration
 from tekfac_edu.reference.ekfac import EKFAC
-from tekfac_edu.reference.inputs import (
-    one_of,
-    random_generator,
-    real_number,
-    whole_number,
-)
+from tekfac_edu.reference.inputs import random_generator
 from tekfac_edu.reference.kfac import KFAC
 from tekfac_edu.reference.rescaling import corrected_eigenvalues, move_eigenvalues
 from tekfac_edu.reference.tekfac import TEKFAC

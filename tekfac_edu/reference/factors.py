@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tekfac_edu.reference.inputs import layer_inputs, real_number
+from tekfac_edu.arguments import real_number
+from tekfac_edu.reference.inputs import layer_inputs
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ swaps the factors; `to_row_order` is the one place where that is converted.
 
 import numpy as np
 
-from tekfac_edu.reference.inputs import finite_array, matrix_of_shape, square_matrix, whole_number
+from tekfac_edu.arguments import whole_number
+from tekfac_edu.reference.inputs import finite_array, matrix_of_shape, square_matrix
 
 
 def vec(M):

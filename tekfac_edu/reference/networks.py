@@ -12,13 +12,8 @@ from itertools import pairwise
 import numpy as np
 from scipy.special import expit, log_softmax, softmax
 
-from tekfac_edu.reference.inputs import (
-    finite_array,
-    matrix_of_shape,
-    one_of,
-    random_generator,
-    whole_number,
-)
+from tekfac_edu.arguments import one_of, whole_number
+from tekfac_edu.reference.inputs import finite_array, matrix_of_shape, random_generator
 
 # name: (φ(s), φ'(s) given φ(s)); relu's derivative at 0 is 0
 ACTIVATIONS = {
@@ -65,14 +60,7 @@ class MLP:
             raise ValueError(f"widths must name at least inputs and outputs; got {widths}")
         self.widths = widths
         self.activation = one_of("activation", activation, ACTIVATIONS)
-        if isinstance(rng, np.random.Generator):
-            draw = rng
-        else:
-            draw = np.random.default_rng(whole_number("rng (a numpy Generator or a seed)", rng, 0))
-        self.weights = [
-            np.hstack([draw.normal(0, d_in**-0.5, (d_out, d_in)), np.zeros((d_out, 1))])
-            for d_in, d_out in pairwise(widths)
-        ]
+        self.weights = initial_weights(pairwise(widths), rng)
 
     def forward(self, x):
         """Outputs z: (N, widths[0]) -> (N, C)."""
@@ -83,11 +71,7 @@ class MLP:
 
         y : (N,) integer labels for "cross_entropy", (N, C) floats for "squared_error".
         """
-        z = self.forward(x)
-        y = _targets(y, z, loss)
-        if loss == "cross_entropy":
-            return float(-log_softmax(z, axis=1)[np.arange(len(z)), y].mean())
-        return float(0.5 * np.sum((z - y) ** 2) / len(z))
+        return mean_loss(self.forward(x), y, loss)
 
     def gradients(self, x, y, loss="cross_entropy"):
         """Gradients of the mean loss: a list of (d_out, d_in + 1) arrays, as `weights`."""
@@ -118,18 +102,8 @@ class MLP:
         -------
         list of LayerStatistics, first layer first.
         """
-        one_of("fisher", fisher, FISHERS)
-        one_of("loss", loss, LOSSES)
         inputs, z = self._layer_inputs(x)
-        if fisher == "exact":
-            output_g = _every_class(z, loss)
-        elif fisher == "mc":
-            output_g = _sampled(z, loss, rng, whole_number("num_samples", num_samples, 1))
-        else:
-            if y is None:
-                raise ValueError('fisher="empirical" uses the data\'s labels: give y')
-            y = _targets(y, z, loss)
-            output_g = (softmax(z, axis=1) - np.eye(z.shape[1])[y]) if _is_ce(loss) else z - y
+        output_g = output_gradients(z, y, fisher, loss, rng, num_samples)
         return [
             LayerStatistics(a, g)
             for a, g in zip(inputs, self._backward(inputs, output_g), strict=True)
@@ -145,7 +119,7 @@ class MLP:
         phi, _ = ACTIVATIONS[self.activation]
         inputs, h = [], x
         for layer, W in enumerate(self.weights):
-            inputs.append(np.hstack([h, np.ones((len(h), 1))]))
+            inputs.append(append_one(h))
             s = inputs[-1] @ W.T
             h = phi(s) if layer < len(self.weights) - 1 else s
         return inputs, h
@@ -159,8 +133,47 @@ class MLP:
         return gradients[::-1]
 
 
-def _is_ce(loss):
-    return loss == "cross_entropy"
+def append_one(h):
+    """(..., d) -> (..., d + 1): the 1 that the bias multiplies, in the last place."""
+    return np.concatenate([h, np.ones((*h.shape[:-1], 1))], axis=-1)
+
+
+def initial_weights(sizes, rng):
+    """A (d_out, d_in + 1) array for each (d_in, d_out): entries from N(0, 1/d_in), biases 0.
+
+    rng : numpy Generator, or an integer seed.
+    """
+    if not isinstance(rng, np.random.Generator):
+        rng = np.random.default_rng(whole_number("rng (a numpy Generator or a seed)", rng, 0))
+    return [
+        np.hstack([rng.normal(0, d_in**-0.5, (d_out, d_in)), np.zeros((d_out, 1))])
+        for d_in, d_out in sizes
+    ]
+
+
+def mean_loss(z, y, loss):
+    """The mean over examples of a network's outputs z, (N, C), as in `MLP.loss`."""
+    y = _targets(y, z, loss)
+    if loss == "cross_entropy":
+        return float(-log_softmax(z, axis=1)[np.arange(len(z)), y].mean())
+    return float(0.5 * np.sum((z - y) ** 2) / len(z))
+
+
+def output_gradients(z, y, fisher, loss, rng, num_samples):
+    """What the outputs z, (N, C), send back: (S, N, C), or (N, C) for the empirical Fisher.
+
+    Arguments as in `MLP.layer_statistics`, which hands this on to every layer.
+    """
+    one_of("fisher", fisher, FISHERS)
+    one_of("loss", loss, LOSSES)
+    if fisher == "exact":
+        return _every_class(z, loss)
+    if fisher == "mc":
+        return _sampled(z, loss, rng, whole_number("num_samples", num_samples, 1))
+    if y is None:
+        raise ValueError('fisher="empirical" uses the data\'s labels: give y')
+    y = _targets(y, z, loss)
+    return softmax(z, axis=1) - np.eye(z.shape[1])[y] if loss == "cross_entropy" else z - y
 
 
 def _every_class(z, loss):

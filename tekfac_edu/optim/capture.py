@@ -1,0 +1,197 @@
+"""What layers saw and what came back, from hooks on ordinary forward and backward passes.
+
+A forward pass in training mode leaves a hook on each factored layer's output. When a gradient
+arrives there, input and gradient are kept until the step. Nothing is kept on steps that take no
+statistics, under `eval()`, or under `no_grad()`.
+
+What belongs together is read off the backward passes. Uses of a module that one `backward()`
+reaches are positions of the same examples (a module called twice in a forward pass). Separate
+`backward()` calls are parts of one larger batch, each loss divided by their number, as gradient
+accumulation has it. A use that a second `backward()` reaches (two losses on one forward pass) gets
+the sum, and the two calls count as one. The mean loss's 1/N and the division by parts are undone:
+
+    g_n = (examples in the part) · (parts) · (what autograd has at the layer's output)
+"""
+
+import weakref
+from contextlib import contextmanager
+
+import torch
+
+from tekfac_edu.optim.layers import batched, layer_gradients, layer_inputs
+
+CHUNK = 2**25  # numbers in the largest array a chunk of examples may need: 128 MiB in float32
+
+
+class Use:
+    """One call of one module: its input, and the gradients that came back, one per vector."""
+
+    def __init__(self, module, x):
+        self.module, self.x = module, x
+        self.gradients = []
+        self.part = None
+        # Not -1 while a checkpointed forward pass is run again inside a backward pass.
+        self.surrounding_backward = torch._C._current_graph_task_id()
+
+
+class Capture:
+    """Collects the uses of modules between two steps.
+
+    Parameters
+    ----------
+    modules : the factored modules.
+    from_backward : whether ordinary backward passes count (the empirical Fisher), or only those
+        inside `fisher_pass` (the other two).
+
+    Attributes
+    ----------
+    wanted : set of the modules from which the next step takes statistics; assign it.
+    """
+
+    def __init__(self, modules, from_backward):
+        self.wanted = frozenset(modules)
+        self.from_backward = from_backward
+        self.uses = []
+        self.fisher_passes = 0
+        self._in_fisher_pass = False
+        self._canonical = {}  # part -> the part it turned out to belong to
+        hook = ForwardHook(weakref.ref(self))
+        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+        weakref.finalize(self, _remove, handles)
+
+    def clear(self):
+        """Forget everything captured."""
+        self.uses, self._canonical, self.fisher_passes = [], {}, 0
+
+    @contextmanager
+    def fisher_pass(self):
+        """Backward passes inside are vectors of the same examples, with gradients as they are."""
+        self._in_fisher_pass = True
+        try:
+            yield
+        finally:
+            self._in_fisher_pass = False
+            self.fisher_passes += 1
+
+    def receive(self, use, gradient):
+        """A gradient arrived at the output of a use."""
+        if self._in_fisher_pass:
+            part = -1 - self.fisher_passes
+        elif not self.from_backward or torch.is_grad_enabled():
+            return  # gradients of gradients (create_graph=True) are not of the examples' losses
+        elif use.surrounding_backward != -1:
+            part = use.surrounding_backward
+        else:
+            part = torch._C._current_graph_task_id()
+        part = self._canonical.setdefault(part, part)
+        if use.part is None:
+            use.part = part
+            use.gradients = [gradient]
+            self.uses.append(use)
+        elif self._in_fisher_pass:
+            use.gradients.append(gradient)
+        else:
+            use.gradients = [use.gradients[0] + gradient]
+            for key, value in self._canonical.items():
+                if value == part:
+                    self._canonical[key] = self._canonical[use.part]
+
+    def batches(self):
+        """A dict from every module that was used to its `LayerBatch`."""
+        parts = {self._canonical[use.part] for use in self.uses}
+        scale = len(parts) if self.from_backward else None
+        by_module = {}
+        for use in self.uses:
+            by_part = by_module.setdefault(use.module, {})
+            by_part.setdefault(self._canonical[use.part], []).append(use)
+        return {m: LayerBatch(m, list(by_part.values()), scale) for m, by_part in by_module.items()}
+
+
+class LayerBatch:
+    """One layer's a and g of one step, a few examples at a time.
+
+    Parameters
+    ----------
+    module : the layer.
+    parts : list over parts of a list of `Use`.
+    num_parts : by how many parts each part's mean loss was divided; None if the gradients are the
+        examples' own already.
+    """
+
+    def __init__(self, module, parts, num_parts):
+        self.module, self.parts, self.num_parts = module, parts, num_parts
+        for uses in parts:
+            shapes = {(len(use.x), len(use.gradients)) for use in uses}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"{type(module).__name__} was called with {sorted(n for n, _ in shapes)} "
+                    f"examples within one backward pass; the first axis of its input must be the "
+                    f"examples, the same in every call"
+                )
+
+    @property
+    def num_examples(self):
+        return sum(len(uses[0].x) for uses in self.parts)
+
+    def chunks(self, has_bias):
+        """Pairs a: (n, T, d_in), g: (S, n, T, d_out); n per-example gradients fit in memory."""
+        for uses in self.parts:
+            N = len(uses[0].x)
+            scale = 1 if self.num_parts is None else N * self.num_parts
+            n = self._examples_at_once(uses, has_bias)
+            for rows in torch.arange(N).split(n):
+                rows = slice(int(rows[0]), int(rows[-1]) + 1)
+                yield self._inputs(uses, rows, has_bias), scale * self._gradients(uses, rows)
+
+    def _inputs(self, uses, rows, has_bias):
+        return torch.cat([layer_inputs(self.module, use.x[rows], has_bias) for use in uses], 1)
+
+    def _gradients(self, uses, rows):
+        return torch.cat(
+            [
+                torch.stack([layer_gradients(self.module, g[rows]) for g in use.gradients])
+                for use in uses
+            ],
+            2,
+        )
+
+    def _examples_at_once(self, uses, has_bias):
+        a, g = self._inputs(uses, slice(1), has_bias), self._gradients(uses, slice(1))
+        S, _, T, d_out = g.shape
+        d_in = a.shape[-1]
+        return max(1, CHUNK // max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1))
+
+
+class ForwardHook:
+    """What is registered on a module. It knows its `Capture` weakly; a copied or pickled one knows
+    none, so that a copy of the model is an ordinary model and never reports to this optimizer."""
+
+    def __init__(self, capture):
+        self.capture = capture
+
+    def __call__(self, module, args, kwargs, output):
+        alive = self.capture()
+        if alive is None or module not in alive.wanted:
+            return
+        if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+            return
+        x = args[0] if args else kwargs["input"]
+        use, capture = Use(module, batched(module, x.detach())), self.capture
+
+        def backward_hook(gradient):
+            if (alive := capture()) is not None:
+                alive.receive(use, batched(module, gradient.detach()))
+
+        output.register_hook(backward_hook)
+
+    def __reduce__(self):
+        return ForwardHook, (_nothing,)
+
+
+def _nothing():
+    return None
+
+
+def _remove(handles):
+    for handle in handles:
+        handle.remove()

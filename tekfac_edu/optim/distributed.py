@@ -1,0 +1,57 @@
+"""Many processes, each with its share of the batch: what they sum, and who decomposes what.
+
+Statistics are sums over examples, so one `all_reduce` makes every rank know those of the whole
+batch. An eigendecomposition is done by one rank and sent to the others. All ranks take the same
+decisions, because they take them from what all of them have.
+"""
+
+import torch
+from torch import distributed
+
+
+def ranks_of(process_group):
+    """The group to talk to, or None if there is nobody to talk to.
+
+    process_group : "default" for all ranks once torch.distributed is initialised, None for never,
+        or a torch.distributed group.
+    """
+    if process_group is None or not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    group = distributed.group.WORLD if process_group == "default" else process_group
+    return group if distributed.get_world_size(group) > 1 else None
+
+
+def sum_over_ranks(tensors, group):
+    """The sums over ranks of tensors of one dtype and device, in one message."""
+    if group is None or not tensors:
+        return tensors
+    flat = torch.cat([t.flatten() for t in tensors])
+    distributed.all_reduce(flat, group=group)
+    pieces = flat.split([t.numel() for t in tensors])
+    return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
+
+
+def share_out(costs, group):
+    """Which rank of the group does which task: a list of ranks. Greedy, the dearest task first."""
+    if group is None:
+        return [0] * len(costs)
+    load = [0.0] * distributed.get_world_size(group)
+    owners = [0] * len(costs)
+    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+        owners[task] = load.index(min(load))
+        load[owners[task]] += costs[task]
+    return owners
+
+
+def rank_in(group):
+    """This process's rank in the group; 0 without one."""
+    return 0 if group is None else distributed.get_rank(group)
+
+
+def send_from(owner, tensors, group):
+    """Overwrite tensors on every rank with those of the owner."""
+    if group is None:
+        return
+    source = distributed.get_global_rank(group, owner)
+    for tensor in tensors:
+        distributed.broadcast(tensor, source, group=group)

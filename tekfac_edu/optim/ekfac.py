@@ -1,0 +1,18 @@
+"""EKFAC in PyTorch: factors of independence, eigenvalues corrected.
+
+    F ≈ (Q_A ⊗ Q_G) diag(S*) (Q_A ⊗ Q_G)ᵀ          S* = E[(Q_Gᵀ G_n Q_A)²]
+    damped:  S* + λ
+
+George, Laurent, Bouthillier, Ballas & Vincent 2018. `reference/ekfac.py` is the same idea in NumPy;
+its uncorrected sibling is `kfac.py`; `tekfac.py` is the same with trace-restricted factors.
+"""
+
+from tekfac_edu.optim.factors import kfac_factors
+from tekfac_edu.optim.optimizer import KroneckerOptimizer
+
+
+class EKFAC(KroneckerOptimizer):
+    """EKFAC: factors of independence, eigenvalues corrected."""
+
+    estimate_factors = staticmethod(kfac_factors)
+    corrected = True

@@ -1,0 +1,166 @@
+"""A layer's Fisher block with one small matrix per side; `reference/factors.py` in torch.
+
+    factors of independence       F ≈ A ⊗ G      A = E[Λ],  G = E[Γ]                    (KFAC)
+    trace-restricted factors      F ≈ δ Φ ⊗ Ψ    δ = E[tr Λ · tr Γ],
+                                                 Φ = E[tr(Γ) Λ] / δ,  Ψ = E[tr(Λ) Γ] / δ  (TKFAC)
+
+Every field of a result is a mean over examples, never a ratio of means. So the mean over chunks of
+a batch, over the parts of an accumulated one, over processes and over time is taken field by field,
+and the identities of the factors survive all four.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from tekfac_edu.optim.damping import kfac_pi
+
+
+@dataclass(frozen=True)
+class KFACFactors:
+    """Factors of independence (KFAC §3; KFC for positions).
+
+    Attributes
+    ----------
+    A : (d_in, d_in) tensor, E[Σ_t ā āᵀ].  Squared units of the inputs.
+    G : (d_out, d_out) tensor, E[(1/T) Σ_t g gᵀ].  Squared units of the gradients.
+    """
+
+    A: torch.Tensor
+    G: torch.Tensor
+
+    @property
+    def pair(self):
+        """The matrices whose eigenvectors are the basis: (A, G)."""
+        return self.A, self.G
+
+    @property
+    def spectrum_scale(self):
+        """What the eigenvalues of `pair` have to be multiplied by, each, to give those of F: 1."""
+        return torch.ones_like(self.A[0, 0])
+
+    damping_split = staticmethod(kfac_pi)
+
+
+@dataclass(frozen=True)
+class TraceRestrictedFactors:
+    """Trace-restricted factors (TKFAC Theorem 4.1; TEKFAC §3), held as their numerators.
+
+    Attributes
+    ----------
+    delta : () tensor, E[Σ_t ‖ā‖² ‖g‖²], the trace of the (position-diagonal) Fisher block.
+    delta_Phi : (d_in, d_in) tensor, E[Σ_t ‖g‖² ā āᵀ].
+    delta_Psi : (d_out, d_out) tensor, E[Σ_t ‖ā‖² g gᵀ].
+    """
+
+    delta: torch.Tensor
+    delta_Phi: torch.Tensor
+    delta_Psi: torch.Tensor
+
+    @property
+    def Phi(self):
+        """(d_in, d_in) tensor of trace one; I/d_in if delta is zero."""
+        return _trace_one(self.delta_Phi, self.delta)
+
+    @property
+    def Psi(self):
+        """(d_out, d_out) tensor of trace one; I/d_out if delta is zero."""
+        return _trace_one(self.delta_Psi, self.delta)
+
+    @property
+    def pair(self):
+        """The matrices whose eigenvectors are the basis: (Φ, Ψ)."""
+        return self.Phi, self.Psi
+
+    @property
+    def spectrum_scale(self):
+        """What the eigenvalues of Φ and of Ψ have to be multiplied by to give those of F: √δ."""
+        return self.delta.sqrt()
+
+    @staticmethod
+    def damping_split(s_in, s_out):
+        """TKFAC (5.15) gives both factors √λ: the rule of KFAC with π = 1."""
+        return torch.ones_like(s_in[0])
+
+
+def _trace_one(numerator, delta):
+    d = len(numerator)
+    isotropic = torch.eye(d, dtype=numerator.dtype, device=numerator.device) / d
+    return torch.where(delta > 0, numerator / delta, isotropic)
+
+
+def averaged(old, new, decay):
+    """decay · old + (1 − decay) · new, field by field."""
+    pairs = zip(vars(old).items(), vars(new).values(), strict=True)
+    return type(old)(**{name: decay * x + (1 - decay) * y for (name, x), y in pairs})
+
+
+def factors_from(tensors):
+    """The factors whose fields these are: a dict name -> tensor."""
+    return KFACFactors(**tensors) if "A" in tensors else TraceRestrictedFactors(**tensors)
+
+
+def layer_format(a, g):
+    """a: (N, T, d_in) and g: (S, N, T, d_out) of one layer, from any of the shapes of `reference`.
+
+    Raises
+    ------
+    ValueError
+        If their axes do not match.
+    """
+    if a.ndim not in (2, 3) or g.ndim not in (a.ndim, a.ndim + 1):
+        raise ValueError(
+            f"a must be (N, d_in) or (N, T, d_in), and g have the same leading axes or one more in "
+            f"front, for several vectors per example; their shapes are "
+            f"{(*a.shape,)} and {(*g.shape,)}"
+        )
+    g = g if g.ndim == a.ndim + 1 else g[None]
+    if g.shape[1:-1] != a.shape[:-1]:
+        raise ValueError(
+            f"a and g must agree in every axis before the last (examples, positions); "
+            f"a has {(*a.shape[:-1],)}, g has {(*g.shape[1:-1],)}"
+        )
+    return (a, g) if a.ndim == 3 else (a[:, None], g[:, :, None])
+
+
+def kfac_factors(a, g):
+    """The factors of independence of one layer.
+
+    Parameters
+    ----------
+    a : (N, d_in) or (N, T, d_in) tensor, bias-augmented inputs.
+    g : same leading axes, or one more in front for S vectors per example; then d_out.
+        Gradients of each example's own loss (N times what the mean loss hands back).
+
+    Returns
+    -------
+    KFACFactors
+    """
+    a, g = layer_format(a, g)
+    N, T, _ = a.shape
+    a, g = a.flatten(0, 1), g.flatten(0, 2)
+    return KFACFactors(a.T @ a / N, g.T @ g / (N * T))
+
+
+def trace_restricted_factors(a, g):
+    """The trace-restricted factors of one layer (TKFAC Theorem 4.1).
+
+    Parameters
+    ----------
+    a, g : as for `kfac_factors`. The weights ‖ā_n‖² and ‖g_n‖² are each example's own (and each
+        position's): with traces of batch means in their place the product collapses to KFAC's.
+
+    Returns
+    -------
+    TraceRestrictedFactors
+    """
+    a, g = layer_format(a, g)
+    N = len(a)
+    trace_Lambda, trace_Gamma = a.square().sum(-1), g.square().sum(-1)
+    trace_Gamma_all = trace_Gamma.sum(0)
+    delta = (trace_Lambda * trace_Gamma_all).sum() / N
+    weighted_a = (a * (trace_Gamma_all[..., None] / N)).flatten(0, 1)
+    weighted_g = (g * (trace_Lambda[..., None] / N)).flatten(0, 2)
+    return TraceRestrictedFactors(
+        delta, weighted_a.T @ a.flatten(0, 1), weighted_g.T @ g.flatten(0, 2)
+    )

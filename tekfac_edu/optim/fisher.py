@@ -1,0 +1,41 @@
+"""Which vectors the outputs send back: the three Fishers' choices (chapter 2).
+
+    exact, categorical   √p_c (p − e_c) for every class c        gaussian   e_c for every output c
+    mc, categorical      p − e_ŷ,  ŷ ~ p                         gaussian   ε ~ N(0, I)
+
+each the gradient, with respect to the outputs z of an example, of its own −log p(y|z) for that y.
+The empirical Fisher's vectors are those of the ordinary backward pass.
+"""
+
+import torch
+
+LIKELIHOODS = ("categorical", "gaussian")
+
+
+def fisher_vectors(outputs, likelihood, exact, generator):
+    """Yield the vectors, each (N, C), in the outputs' dtype.
+
+    Parameters
+    ----------
+    outputs : (N, C) tensor: logits, or the mean of a Gaussian of unit variance.
+    likelihood : "categorical" or "gaussian".
+    exact : every class (or output), or else one sample per example.
+    generator : torch.Generator that samples.
+    """
+    z = outputs.detach()
+    z = z if z.dtype == torch.float64 else z.float()
+    N, C = z.shape
+    p = z.softmax(1)
+    if likelihood == "categorical" and exact:
+        one_hot = torch.eye(C, dtype=z.dtype, device=z.device)
+        vectors = (p[:, c, None].sqrt() * (p - one_hot[c]) for c in range(C))
+    elif likelihood == "categorical":
+        label = torch.multinomial(p, 1, generator=generator)
+        vectors = [p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))]
+    elif exact:
+        one_hot = torch.eye(C, dtype=z.dtype, device=z.device)
+        vectors = (one_hot[c].expand(N, C) for c in range(C))
+    else:
+        vectors = [torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)]
+    for vector in vectors:
+        yield vector.to(outputs.dtype)

@@ -1,0 +1,453 @@
+"""The loop around the four methods: a `torch.optim.Optimizer` for existing training loops.
+
+    m ← τ m + direction,   θ ← θ − α β θ − α m          direction = (F̂ + damping)⁻¹ ∇
+
+In one step: statistics, then eigenbases, then eigenvalues in the new basis, then the update
+(TEKFAC Algorithm 1), as in `reference/descent.py`. A method adds its two choices: which factors
+(`estimate_factors`), whose eigenvalues (`corrected`). What a layer's a and g are: `layers.py`;
+where they come from: `capture.py`; what becomes of them: `statistics.py`; what a layer remembers:
+`curvature.py`.
+"""
+
+import torch
+
+from tekfac_edu.arguments import one_of, real_number, whole_number
+from tekfac_edu.optim.capture import Capture
+from tekfac_edu.optim.curvature import LayerCurvature
+from tekfac_edu.optim.damping import trace_damping
+from tekfac_edu.optim.distributed import ranks_of
+from tekfac_edu.optim.fisher import LIKELIHOODS, fisher_vectors
+from tekfac_edu.optim.refusals import (
+    gradient_of,
+    gradients_are_finite,
+    refuse_foreign_state,
+    refuse_grad_scaler,
+    refuse_missing_statistics,
+)
+from tekfac_edu.optim.report import report
+from tekfac_edu.optim.statistics import Refresh, warn_unless_explained
+from tekfac_edu.optim.treatment import find_layers, unwrapped
+
+GROUP_SETTINGS = {  # of a parameter group: the bounds of each
+    "lr": {"at_least": 0},
+    "momentum": {"at_least": 0, "below": 1},
+    "weight_decay": {"at_least": 0},
+    "damping": {"above": 0},
+}
+
+
+class KroneckerOptimizer(torch.optim.Optimizer):
+    """Natural-gradient descent by Kronecker factors; use KFAC, EKFAC, TKFAC or TEKFAC.
+
+    Linear, Conv1d and Conv2d modules are factored; every other parameter takes a step of SGD with
+    momentum. `print(optimizer)` lists which is which. The loss must be a mean over examples, and
+    the first axis of each layer's input must be the examples.
+    """
+
+    estimate_factors = None
+    corrected = None
+
+    # GradScaler asks: we handle scaled gradients ourselves, which is to say, refuse them by name.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model,
+        lr,
+        *,
+        momentum=0.9,  # τ
+        weight_decay=0.0,  # β
+        damping=1e-2,  # λ
+        damping_policy="constant",
+        damping_rule="paper",
+        trace_multiplier=1.0,  # τ of the trace policy
+        trace_floor=1e-8,  # ϑ
+        fisher="empirical",
+        factor_interval=10,  # T_FIM
+        eigen_interval=10,  # T_EIG
+        scale_interval=10,  # T_RE
+        factor_decay=0.95,  # ρ
+        scale_decay=0.95,
+        eigenbasis="eigh",
+        lr_scale="natural",
+        lr_other=None,
+        plain_sgd=(),
+        param_groups=None,
+        process_group="default",
+        generator=None,
+    ):
+        """See the class for what is trained how.
+
+        Parameters
+        ----------
+        model : nn.Module whose parameters are trained; DistributedDataParallel and torch.compile are
+            seen through.
+        lr : α >= 0. With lr_scale="natural" unitless: 1 is a full Newton-like step.
+        momentum : τ, 0 to below 1.   weight_decay : β >= 0, decoupled.
+        damping : λ > 0, in units of the Fisher.
+        damping_policy : "constant", or "trace": each convolution its own λ_l = τ max(tr D_l, ϑ)/dim,
+            dense layers λ times the largest λ_l (TEKFAC (3.5); λ itself if there is no convolution).
+        damping_rule : "paper", or "added": D + λ for KFAC and TKFAC too (EKFAC and TEKFAC always).
+        trace_multiplier, trace_floor : τ and ϑ of the trace policy.
+        fisher : "empirical" (the labels of the loss), or "mc", "exact" (the model's own distribution,
+            sampled or in expectation; call `accumulate_fisher` between forward and backward).
+        factor_interval, eigen_interval, scale_interval : steps between refreshes of the factors, the
+            eigenbases and the measured eigenvalues (T_FIM, T_EIG, T_RE).
+        factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
+        eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC and TEKFAC only).
+        lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means in
+            flat directions what it means for SGD.
+        lr_other : learning rate of the parameters that are not factored; None: lr under "sgd",
+            lr / damping under "natural".
+        plain_sgd : names of modules that are not to be factored.
+        param_groups : list of dicts, "params" and any of lr, momentum, weight_decay, damping;
+            parameters in none of them form two groups, the factored and the others.
+        process_group : "default": average statistics over all ranks once torch.distributed is
+            initialised; or a group; or None: never.
+        generator : torch.Generator of fisher="mc"; None: one seeded from torch's initial seed.
+
+        Raises
+        ------
+        ValueError
+            If a setting is out of its bounds, or a module can neither be factored nor was left to
+            plain SGD; the message names it.
+        """
+        if self.estimate_factors is None:
+            raise TypeError(
+                "KroneckerOptimizer is what KFAC, EKFAC, TKFAC and TEKFAC share: use those"
+            )
+        self.damping_policy = one_of("damping_policy", damping_policy, ("constant", "trace"))
+        self.damping_rule = one_of("damping_rule", damping_rule, ("paper", "added"))
+        self.trace_multiplier = real_number("trace_multiplier", trace_multiplier, above=0)
+        self.trace_floor = real_number("trace_floor", trace_floor, above=0)
+        self.fisher = one_of("fisher", fisher, ("empirical", "mc", "exact"))
+        self.factor_interval = whole_number("factor_interval", factor_interval, 1)
+        self.eigen_interval = whole_number("eigen_interval", eigen_interval, 1)
+        self.scale_interval = whole_number("scale_interval", scale_interval, 1)
+        self.factor_decay = real_number("factor_decay", factor_decay, at_least=0, at_most=1)
+        self.scale_decay = real_number("scale_decay", scale_decay, at_least=0, at_most=1)
+        self.eigenbasis = one_of("eigenbasis", eigenbasis, ("eigh", "qr"))
+        if eigenbasis == "qr" and not self.corrected:
+            raise ValueError(
+                f'eigenbasis="qr" is for EKFAC and TEKFAC, which are exact about any basis; '
+                f'{type(self).__name__} needs the eigenvalues of its factors: "eigh"'
+            )
+        self.lr_scale = one_of("lr_scale", lr_scale, ("natural", "sgd"))
+        self.process_group = process_group
+        self.generator = generator
+        self.steps = 0
+        self.warned = set()
+        self.layers, self.treatments = find_layers(model, plain_sgd)
+        self.curvatures = {
+            layer: LayerCurvature(self.corrected, eigenbasis == "qr") for layer in self.layers
+        }
+        self.parameter_names = {p: name for name, p in unwrapped(model).named_parameters()}
+        lr = real_number("lr", lr, **GROUP_SETTINGS["lr"])
+        damping = real_number("damping", damping, **GROUP_SETTINGS["damping"])
+        if lr_other is None:
+            lr_other = lr if self.lr_scale == "sgd" else lr / damping
+        defaults = {
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "damping": damping,
+            "lr": lr,
+        }
+        super().__init__(self._groups(param_groups or [], lr, lr_other), defaults)
+        self._watch()
+
+    def _groups(self, given, lr, lr_other):
+        """The parameter groups: those given, then the factored and the other parameters left."""
+        factored = {p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None}
+        groups, taken = [], set()
+        for group in given:
+            members = group["params"]
+            members = [members] if isinstance(members, torch.Tensor) else list(members)
+            if strangers := set(members) - set(self.parameter_names):
+                raise ValueError(
+                    f"param_groups has {len(strangers)} parameters that are not of the model"
+                )
+            groups.append({**group, "params": members})
+            taken |= set(members)
+        rest = [p for p in self.parameter_names if p not in taken]
+        groups.append({"params": [p for p in rest if p in factored], "lr": lr})
+        groups.append({"params": [p for p in rest if p not in factored], "lr": lr_other})
+        return [group for group in groups if group["params"]]
+
+    def add_param_group(self, param_group):
+        """As in every torch optimizer; ValueError, and no group, if a setting is out of bounds."""
+        for name, bounds in GROUP_SETTINGS.items():
+            real_number(name, param_group.get(name, self.defaults[name]), **bounds)
+        super().add_param_group(param_group)
+
+    def _watch(self):
+        """Start to capture; also after copying and unpickling."""
+        self.capture = Capture([layer.module for layer in self.layers], self.fisher == "empirical")
+        self._say_what_is_wanted()
+
+    def _say_what_is_wanted(self):
+        due = self.steps % self.factor_interval == 0 or (
+            self.corrected and self.steps % self.scale_interval == 0
+        )
+        self.capture.wanted = frozenset(
+            layer.module for layer in self.layers if due or not self.curvatures[layer].ready
+        )
+
+    def zero_grad(self, set_to_none=True):
+        """As in every torch optimizer; what backward passes left for the statistics goes too."""
+        super().zero_grad(set_to_none)
+        if self.fisher == "empirical":
+            self.capture.clear()
+
+    def accumulate_fisher(self, outputs, likelihood="categorical"):
+        """Send the model's own distribution back, for fisher="mc" or "exact"; leaves .grad alone.
+
+        Call it between the forward and the backward pass, once for each part of a batch. On steps
+        that take no statistics it does nothing.
+
+        Parameters
+        ----------
+        outputs : (N, C) tensor, what the model returned: logits, or the mean of a Gaussian.
+        likelihood : "categorical" (cross-entropy), or "gaussian" of unit variance (half the squared
+            error, summed over outputs).
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If outputs are not (N, C) or come from no factored module in training mode; under
+            fisher="empirical".
+        """
+        one_of("likelihood", likelihood, LIKELIHOODS)
+        if self.fisher == "empirical":
+            raise RuntimeError(
+                'accumulate_fisher is for fisher="mc" or "exact"; this optimizer has '
+                'fisher="empirical", which takes its statistics from loss.backward()'
+            )
+        if outputs.ndim != 2:
+            raise ValueError(f"outputs must be (N, C); their shape is {(*outputs.shape,)}")
+        if not outputs.requires_grad:
+            raise RuntimeError("outputs have no graph: call accumulate_fisher before backward()")
+        weights = [
+            layer.weight
+            for layer in self.layers
+            if layer.module in self.capture.wanted and layer.weight.requires_grad
+        ]
+        if not weights:
+            return
+        before = len(self.capture.uses)
+        if self.fisher == "mc" and self.generator is None:
+            self.generator = torch.Generator(outputs.device).manual_seed(torch.initial_seed())
+        vectors = fisher_vectors(outputs, likelihood, self.fisher == "exact", self.generator)
+        with self.capture.fisher_pass():
+            for vector in vectors:
+                torch.autograd.grad(outputs, weights, vector, retain_graph=True, allow_unused=True)
+        if len(self.capture.uses) == before:
+            raise RuntimeError("outputs come from no factored module in training mode")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update; returns the closure's loss, if there is one.
+
+        Raises
+        ------
+        RuntimeError
+            If statistics are due and none were captured; under an fp16 GradScaler. No parameter
+            has moved then. A gradient that is not finite gives a RuntimeWarning, and nothing at all
+            changes.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        refuse_grad_scaler(self)
+        if not gradients_are_finite(self):
+            self.capture.clear()
+            return loss
+        device = self.param_groups[0]["params"][0].device
+        with torch.autocast(device.type, enabled=False):
+            gradients = {
+                layer: gradient_of(layer) for layer in self.layers if layer.weight.grad is not None
+            }
+            self._refresh(gradients)
+            self._update(gradients)
+        self.capture.clear()
+        self.steps += 1
+        self._say_what_is_wanted()
+        return loss
+
+    def _refresh(self, gradients):
+        """Statistics, then eigenbases, then eigenvalues in the new basis."""
+        batches = self.capture.batches()
+        refuse_missing_statistics(self, gradients, batches)
+        group = ranks_of(self.process_group)
+        if self.fisher == "empirical" and group is None:
+            for layer in gradients:
+                if not self.curvatures[layer].ready and layer.module in batches:
+                    warn_unless_explained(layer, batches[layer.module], gradients[layer])
+        refresh = Refresh(self.curvatures, batches, group, self.warned)
+
+        def due(interval):
+            return [
+                layer
+                for layer, curvature in self.curvatures.items()
+                if self.steps % interval == 0 or not curvature.ready
+            ]
+
+        refresh.factors(due(self.factor_interval), self.estimate_factors, self.factor_decay)
+        refresh.bases(due(self.eigen_interval), self.steps)
+        if self.corrected:
+            refresh.eigenvalues(due(self.scale_interval), self.scale_decay, self.steps)
+
+    def _update(self, gradients):
+        dampings = self.dampings()
+        directions = {}
+        for layer, M in gradients.items():
+            damping = dampings[layer]
+            direction = self.curvatures[layer].precondition(M, damping, self.damping_rule)
+            if self.lr_scale == "sgd":
+                direction = damping * direction
+            if layer.has_bias:
+                direction, directions[layer.bias] = direction[:, :-1], direction[:, -1]
+            directions[layer.weight] = direction.reshape(layer.weight.shape)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                direction = directions.get(p, p.grad).to(p.dtype)
+                if group["momentum"] > 0:
+                    state = self.state[p]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(p)
+                    direction = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
+                if group["weight_decay"] > 0:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"])
+
+    def dampings(self):
+        """λ of every layer, a float or () tensor: its group's, or by the trace policy."""
+        group_of = {p: group for group in self.param_groups for p in group["params"]}
+        dampings = {layer: group_of[layer.weight]["damping"] for layer in self.layers}
+        if self.damping_policy == "constant":
+            return dampings
+        of_convolutions = {
+            layer: trace_damping(
+                curvature.eigenvalues.sum(),
+                curvature.eigenvalues.numel(),
+                self.trace_floor,
+                self.trace_multiplier,
+            )
+            for layer, curvature in self.curvatures.items()
+            if layer.is_convolution and curvature.ready
+        }
+        if not of_convolutions:
+            return dampings
+        largest = torch.stack(list(of_convolutions.values())).max()
+        return {
+            layer: of_convolutions.get(layer, largest * damping)
+            for layer, damping in dampings.items()
+        }
+
+    def precondition(self, module, M):
+        """The damped preconditioner of one layer applied to any M: for study and tests.
+
+        Parameters
+        ----------
+        module : a factored module of the model.
+        M : (d_out, d_in) tensor; the bias, if there is one, is the last column.
+
+        Returns
+        -------
+        (d_out, d_in) tensor, in the dtype of the statistics. Never multiplied by the damping.
+
+        Raises
+        ------
+        ValueError, RuntimeError
+            If the module is not factored, or M has another shape; before the first step.
+        """
+        layer = next((layer for layer in self.layers if layer.module is module), None)
+        if layer is None:
+            raise ValueError(
+                f"{type(module).__name__} is not a factored module of this optimizer; those are "
+                f"{', '.join(map(str, self.layers))}"
+            )
+        if (*M.shape,) != (layer.d_out, layer.d_in):
+            raise ValueError(
+                f"M must have shape {(layer.d_out, layer.d_in)} for {layer}; it has {(*M.shape,)}"
+            )
+        curvature = self.curvatures[layer]
+        if not curvature.ready:
+            raise RuntimeError(f"{layer} has no curvature yet: take a step first")
+        with torch.no_grad():
+            M = M.to(curvature.Q_in.dtype)
+            return curvature.precondition(M, self.dampings()[layer], self.damping_rule)
+
+    def report(self):
+        """What each layer's preconditioner does at present; print it, or read `.rows`."""
+        return report(self)
+
+    def state_dict(self):
+        """Everything that resuming needs; loads with torch.load(..., weights_only=True)."""
+        return {
+            **super().state_dict(),
+            "method": type(self).__name__,
+            "steps": self.steps,
+            "curvatures": {layer.name: c.state_dict() for layer, c in self.curvatures.items()},
+            "generator": None if self.generator is None else self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state_dict):
+        """Take over what `state_dict` gave; training goes on as if it had never stopped.
+
+        Raises
+        ------
+        ValueError
+            If it is of another method or model; nothing has been loaded then.
+        """
+        refuse_foreign_state(self, state_dict)
+        super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
+        for layer, curvature in self.curvatures.items():
+            curvature.load_state_dict(state_dict["curvatures"][layer.name], layer.weight.device)
+        self.steps = state_dict["steps"]
+        if state_dict["generator"] is not None:
+            if self.generator is None:
+                self.generator = torch.Generator(self.param_groups[0]["params"][0].device)
+            self.generator.set_state(state_dict["generator"].cpu())
+        self.capture.clear()
+        self._say_what_is_wanted()
+
+    def __getstate__(self):
+        state = {
+            k: v for k, v in self.__dict__.items() if k not in ("step", "capture", "generator")
+        }
+        generator = self.generator
+        state["_saved_generator"] = generator and (generator.device, generator.get_state())
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        if "layers" in state:  # unpickled or copied; load_state_dict comes by here too, without
+            saved = self.__dict__.pop("_saved_generator")
+            self.generator = saved and torch.Generator(saved[0])
+            if saved:
+                self.generator.set_state(saved[1])
+            self._watch()
+
+    def __repr__(self):
+        settings = ", ".join(
+            f"{name}={getattr(self, name)!r}"
+            for name in (
+                "fisher",
+                "factor_interval",
+                "eigen_interval",
+                "scale_interval",
+                "damping_policy",
+                "damping_rule",
+                "eigenbasis",
+                "lr_scale",
+            )
+        )
+        lines = [f"{type(self).__name__}({settings})"]
+        for i, group in enumerate(self.param_groups):
+            values = ", ".join(f"{name}={group[name]:g}" for name in GROUP_SETTINGS)
+            lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
+        lines += [f"  {name or 'the model'}: {text}" for name, text in self.treatments.items()]
+        return "\n".join(lines)

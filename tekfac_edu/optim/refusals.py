@@ -1,0 +1,96 @@
+"""What a step or a state is refused for, before anything has changed."""
+
+import warnings
+
+import torch
+
+from tekfac_edu.optim.layers import gradient_matrix
+
+
+def gradient_of(layer):
+    """M: (d_out, d_in), from `.grad` of weight and bias.
+
+    Raises
+    ------
+    RuntimeError
+        If the weight has a gradient and a bias that is factored with it has none.
+    """
+    if layer.has_bias and layer.bias.grad is None:
+        raise RuntimeError(
+            f"{layer} has a gradient for its weight and none for its bias; after freezing or "
+            f"unfreezing parameters, build a new optimizer"
+        )
+    return gradient_matrix(layer.weight.grad, layer.bias.grad if layer.has_bias else None)
+
+
+def gradients_are_finite(optimizer):
+    """Whether all gradients are; warns if not, with the parameters' names."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = {p: p.grad for p in parameters if p.grad is not None}
+
+    def name(p):
+        return optimizer.parameter_names.get(p, f"a parameter of shape {(*p.shape,)}")
+
+    if sparse := [name(p) for p, gradient in gradients.items() if gradient.is_sparse]:
+        raise RuntimeError(f"the gradient of {', '.join(sparse)} is sparse; use sparse=False")
+    if not gradients or torch.nn.utils.get_total_norm(gradients.values()).isfinite():
+        return True
+    bad = [name(p) for p, gradient in gradients.items() if not gradient.isfinite().all()]
+    if bad:
+        warnings.warn(
+            f"step skipped, nothing changed: gradients are not finite in {', '.join(bad)}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return not bad
+
+
+def refuse_missing_statistics(optimizer, gradients, batches):
+    """RuntimeError if a layer would have to be preconditioned, and nothing was captured for it.
+
+    gradients : dict Layer -> M.   batches : dict module -> LayerBatch.
+    """
+    if optimizer.fisher != "empirical" and optimizer.capture.wanted and not batches:
+        raise RuntimeError(
+            f'fisher="{optimizer.fisher}" needs optimizer.accumulate_fisher(outputs) between the '
+            f"forward and the backward pass; this step takes statistics and it was not called"
+        )
+    for layer in gradients:
+        if not optimizer.curvatures[layer].ready and layer.module not in batches:
+            raise RuntimeError(
+                f"{layer} has a gradient, but was never called in training mode, so there are no "
+                f"statistics to precondition it with; call model.train(), or leave it to plain "
+                f"momentum SGD with plain_sgd=[{layer.name!r}]"
+            )
+
+
+def refuse_grad_scaler(optimizer):
+    """RuntimeError if GradScaler.step called; it leaves two attributes on the optimizer."""
+    if hasattr(optimizer, "found_inf"):
+        del optimizer.found_inf, optimizer.grad_scale
+        raise RuntimeError(
+            f"torch.amp.GradScaler is not supported: {type(optimizer).__name__} would take its "
+            f"statistics from scaled gradients. Use autocast with bfloat16, which needs no scaler"
+        )
+
+
+def refuse_foreign_state(optimizer, state_dict):
+    """ValueError if a state is of another method, or of a model of other layers."""
+    method = type(optimizer).__name__
+    missing = {"state", "param_groups", "method", "steps", "curvatures", "generator"} - {
+        *state_dict
+    }
+    if missing:
+        raise ValueError(f"this is no state of {method}: it has no {', '.join(sorted(missing))}")
+    if state_dict["method"] != method:
+        raise ValueError(f"this is a state of {state_dict['method']}, not of {method}")
+    sizes = {layer.name: (layer.d_out, layer.d_in) for layer in optimizer.layers}
+    curvatures = state_dict["curvatures"]
+    if set(sizes) != set(curvatures):
+        raise ValueError(
+            f"the state has curvature for {sorted(curvatures)}; the model has {sorted(sizes)}"
+        )
+    for name, size in sizes.items():
+        D = curvatures[name]["eigenvalues"]
+        if D is not None and (*D.shape,) != size:
+            raise ValueError(f"{name} is {size} here and {(*D.shape,)} in the state")

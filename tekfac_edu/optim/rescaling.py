@@ -1,0 +1,66 @@
+"""Corrected eigenvalues, and carrying them into another basis; `reference/rescaling.py` in torch.
+
+    D = E[(Q_outᵀ G_n Q_in)²]       element-wise square; G_n = Σ_t g_nt ā_ntᵀ, example n's gradient
+
+EKFAC calls it S*, TEKFAC calls it Θ. With T positions there are two orders of computing it:
+
+    project, then form      N·T·(d_in² + d_out² + d_in·d_out)       multiplications per vector
+    form, then project      N·(T·d_in·d_out + d_out²·d_in + d_out·d_in²)
+
+The second is far cheaper when T is large. With one position nothing needs to be formed: G_n has
+rank one and D = ((g Q_out)²)ᵀ ((a Q_in)²) / N, a single product.
+"""
+
+from tekfac_edu.optim.factors import layer_format
+
+
+def corrected_eigenvalues(a, g, Q_in, Q_out):
+    """The second moments of the per-example gradient in the basis (EKFAC eq. 10; TEKFAC §3).
+
+    Parameters
+    ----------
+    a, g : as for `kfac_factors`. Memory: S·N·d_out·d_in numbers when there are positions; callers
+        hand in few enough examples at once.
+    Q_in : (d_in, d_in) tensor, orthogonal.   Q_out : (d_out, d_out) tensor, orthogonal.
+
+    Returns
+    -------
+    (d_out, d_in) tensor, >= 0. Its sum is tr F, in every basis.
+    """
+    a, g = layer_format(a, g)
+    N, T, d_in = a.shape
+    d_out = g.shape[-1]
+    if T == 1:
+        g_squared = (g @ Q_out).square().sum(0)
+        return g_squared[:, 0].T @ (a @ Q_in)[:, 0].square() / N
+    if projecting_first_is_cheaper(T, d_in, d_out, len(g)):
+        G = (g @ Q_out).mT @ (a @ Q_in)
+    else:
+        G = Q_out.T @ (g.mT @ a) @ Q_in
+    return G.square().sum((0, 1)) / N
+
+
+def projecting_first_is_cheaper(T, d_in, d_out, S=1):
+    """Whether to project a and g before forming S gradients per example, or the other way round."""
+    project_a_and_g = T * (d_in**2 + S * d_out**2)
+    project_gradients = S * (d_out**2 * d_in + d_out * d_in**2)
+    return project_a_and_g < project_gradients
+
+
+def move_eigenvalues(D, Q_in_old, Q_out_old, Q_in_new, Q_out_new):
+    """The diagonal, in the new basis, of the matrix that D stood for in the old one.
+
+        D ← (R_out)² D ((R_in)²)ᵀ,    R_in = Q_in_newᵀ Q_in_old,  R_out likewise
+
+    It keeps the sum of D (the trace) and is blind to the signs and order of eigenvectors.
+
+    Parameters
+    ----------
+    D : (d_out, d_in) tensor.   Q_in_* : (d_in, d_in) tensors.   Q_out_* : (d_out, d_out) tensors.
+
+    Returns
+    -------
+    (d_out, d_in) tensor.
+    """
+    R_in, R_out = Q_in_new.T @ Q_in_old, Q_out_new.T @ Q_out_old
+    return R_out.square() @ D @ R_in.square().T

@@ -1,0 +1,146 @@
+"""From a step's captured batch to new factors, bases and eigenvalues, on one process or on many.
+
+Means are over all examples of all ranks. A layer whose new statistic is not finite keeps the old
+one; a layer whose decomposition fails keeps the old basis (the identity, if there is none). Either
+is named in a warning, once.
+"""
+
+import warnings
+
+import torch
+
+from tekfac_edu.optim.distributed import rank_in, send_from, share_out, sum_over_ranks
+from tekfac_edu.optim.eigenbasis import DecompositionFailed
+from tekfac_edu.optim.factors import factors_from
+from tekfac_edu.optim.rescaling import corrected_eigenvalues
+
+EXPLAINED = 0.9  # the least cosine of a gradient with the mean over examples of g aᵀ
+
+
+class Refresh:
+    """One step's refresh of all layers.
+
+    Parameters
+    ----------
+    curvatures : dict Layer -> LayerCurvature.
+    batches : dict module -> LayerBatch, of this process.
+    group : ranks to average over, or None.
+    warned : set, of what has been warned of; it grows.
+    """
+
+    def __init__(self, curvatures, batches, group, warned):
+        self.curvatures, self.batches, self.group = curvatures, batches, group
+        self.warned = warned
+
+    def factors(self, layers, estimate, decay):
+        """Average in the factors of the batch."""
+        means = self._means(layers, lambda layer, a, g: vars(estimate(a, g)))
+        for layer, fields in means.items():
+            self.curvatures[layer].average_factors(factors_from(fields), decay)
+
+    def eigenvalues(self, layers, decay, step):
+        """Average in the measured eigenvalues of the batch, in the present basis."""
+
+        def measure(layer, a, g):
+            curvature = self.curvatures[layer]
+            return {"D": corrected_eigenvalues(a, g, curvature.Q_in, curvature.Q_out)}
+
+        layers = [layer for layer in layers if self.curvatures[layer].Q_in is not None]
+        for layer, fields in self._means(layers, measure).items():
+            self.curvatures[layer].average_eigenvalues(fields["D"], decay, step)
+
+    def bases(self, layers, step):
+        """Decompose the factors, each layer's on one rank."""
+        layers = [layer for layer in layers if self.curvatures[layer].factors is not None]
+        owners = share_out([layer.d_in**3 + layer.d_out**3 for layer in layers], self.group)
+        mine = rank_in(self.group)
+        bases = [
+            self._basis(layer) if owner == mine else self.curvatures[layer].empty_basis()
+            for layer, owner in zip(layers, owners, strict=True)
+        ]
+        for layer, owner, basis in zip(layers, owners, bases, strict=True):
+            send_from(owner, basis, self.group)
+            self.curvatures[layer].turn_to(basis, step)
+
+    def _basis(self, layer):
+        curvature = self.curvatures[layer]
+        try:
+            return curvature.decompose()
+        except DecompositionFailed as error:
+            self._warn_once(
+                layer,
+                "basis",
+                f"the eigendecomposition of its factors failed; it keeps its last basis ({error})",
+            )
+            return curvature.fallback_basis()
+
+    def _means(self, layers, estimate):
+        """For each layer the mean over examples of the tensors `estimate(layer, a, g)` gives.
+
+        Layers that no rank has used, or whose mean is not finite, are left out.
+        """
+        sums = [self._sum(layer, estimate) for layer in layers]
+        flat = sum_over_ranks([t for _, total in sums for t in total.values()], self.group)
+        counts = sum_over_ranks([count for count, _ in sums], self.group)
+        means, start = {}, 0
+        for layer, count, (_, total) in zip(layers, counts, sums, strict=True):
+            tensors = flat[start : start + len(total)]
+            start += len(total)
+            means[layer] = count, {k: t / count for k, t in zip(total, tensors, strict=True)}
+        if not means:
+            return {}
+        finite = [
+            torch.stack([t.isfinite().all() for t in fields.values()]).all()
+            for _, fields in means.values()
+        ]
+        finite = torch.stack(finite).tolist()
+        used = torch.stack(counts).gt(0).tolist()
+        result = {}
+        for (layer, (_, fields)), layer_finite, layer_used in zip(
+            means.items(), finite, used, strict=True
+        ):
+            if layer_used and layer_finite:
+                result[layer] = fields
+            elif layer_used:
+                self._warn_once(
+                    layer, "statistic", "its statistics are not finite; it keeps the last good ones"
+                )
+        return result
+
+    def _sum(self, layer, estimate):
+        """This process's number of examples, and the sums over them; zeros if it has none."""
+        batch = self.batches.get(layer.module)
+        weight = layer.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        count, total = 0, None
+        if batch is None:
+            a = torch.zeros(1, 1, layer.d_in, dtype=dtype, device=weight.device)
+            g = torch.zeros(1, 1, 1, layer.d_out, dtype=dtype, device=weight.device)
+            total = {k: 0 * t for k, t in estimate(layer, a, g).items()}
+        else:
+            for a, g in batch.chunks(layer.has_bias):
+                n = len(a)
+                new = estimate(layer, a, g)
+                total = {k: n * t if total is None else total[k] + n * t for k, t in new.items()}
+                count += n
+        return torch.tensor(float(count), dtype=dtype, device=weight.device), total
+
+    def _warn_once(self, layer, what, text):
+        if (layer.name, what) not in self.warned:
+            self.warned.add((layer.name, what))
+            warnings.warn(f"{layer}: {text}", RuntimeWarning, stacklevel=6)
+
+
+def warn_unless_explained(layer, batch, M):
+    """Warn if M is not, up to its length, the mean over examples of g āᵀ that was captured."""
+    mean = sum((g.sum(0).mT @ a).sum(0) for a, g in batch.chunks(layer.has_bias))
+    norms = M.norm() * mean.norm()
+    cosine = ((M * mean).sum() / norms).item() if norms > 0 else 1.0
+    if cosine < EXPLAINED:
+        warnings.warn(
+            f"{layer}: its gradient is not the mean of its examples' gradients (cosine "
+            f"{cosine:.2f}), so the curvature is of something else. Is the first axis of its input "
+            f"the examples, and is its weight used in its own forward only?",
+            RuntimeWarning,
+            stacklevel=5,
+        )
