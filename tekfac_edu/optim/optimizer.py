@@ -80,28 +80,31 @@ class KroneckerOptimizer(torch.optim.Optimizer):
 
         Parameters
         ----------
-        model : nn.Module whose parameters are trained; DistributedDataParallel and torch.compile are
-            seen through.
+        model : nn.Module whose parameters are trained; wrappers (DistributedDataParallel,
+            torch.compile) are seen through.
         lr : α >= 0. With lr_scale="natural" unitless: 1 is a full Newton-like step.
         momentum : τ, 0 to below 1.   weight_decay : β >= 0, decoupled.
         damping : λ > 0, in units of the Fisher.
-        damping_policy : "constant", or "trace": each convolution its own λ_l = τ max(tr D_l, ϑ)/dim,
-            dense layers λ times the largest λ_l (TEKFAC (3.5); λ itself if there is no convolution).
-        damping_rule : "paper", or "added": D + λ for KFAC and TKFAC too (EKFAC and TEKFAC always).
+        damping_policy : "constant", or "trace": each convolution its own
+            λ_l = τ max(tr D_l, ϑ) / dim, dense layers λ times the largest λ_l (TEKFAC (3.5);
+            λ itself if there is no convolution).
+        damping_rule : "paper", or "added": D + λ for KFAC and TKFAC too (the others always).
         trace_multiplier, trace_floor : τ and ϑ of the trace policy.
-        fisher : "empirical" (the labels of the loss), or "mc", "exact" (the model's own distribution,
-            sampled or in expectation; call `accumulate_fisher` between forward and backward).
-        factor_interval, eigen_interval, scale_interval : steps between refreshes of the factors, the
-            eigenbases and the measured eigenvalues (T_FIM, T_EIG, T_RE).
+        fisher : "empirical" (the labels of the loss), or "mc", "exact" (the model's own
+            distribution, sampled or in expectation; then call `accumulate_fisher` between forward
+            and backward).
+        factor_interval, eigen_interval, scale_interval : steps between refreshes of the factors,
+            the eigenbases and the measured eigenvalues (T_FIM, T_EIG, T_RE).
         factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
-        eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC and TEKFAC only).
-        lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means in
-            flat directions what it means for SGD.
+        eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC, TEKFAC).
+        lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means
+            in flat directions what it means for SGD.
         lr_other : learning rate of the parameters that are not factored; None: lr under "sgd",
             lr / damping under "natural".
         plain_sgd : names of modules that are not to be factored.
-        param_groups : list of dicts, "params" and any of lr, momentum, weight_decay, damping;
-            parameters in none of them form two groups, the factored and the others.
+        param_groups : list of dicts of own settings: "params", and any of lr, lr_other, momentum,
+            weight_decay, damping. Each becomes two groups, its factored parameters and its others;
+            so do the parameters that are in none.
         process_group : "default": average statistics over all ranks once torch.distributed is
             initialised; or a group; or None: never.
         generator : torch.Generator of fisher="mc"; None: one seeded from torch's initial seed.
@@ -142,42 +145,38 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             layer: LayerCurvature(self.corrected, eigenbasis == "qr") for layer in self.layers
         }
         self.parameter_names = {p: name for name, p in unwrapped(model).named_parameters()}
-        lr = real_number("lr", lr, **GROUP_SETTINGS["lr"])
-        damping = real_number("damping", damping, **GROUP_SETTINGS["damping"])
-        if lr_other is None:
-            lr_other = lr if self.lr_scale == "sgd" else lr / damping
         defaults = {
+            "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "damping": damping,
-            "lr": lr,
         }
-        super().__init__(self._groups(param_groups or [], lr, lr_other), defaults)
+        super().__init__(self._groups(param_groups or [], defaults, lr_other), defaults)
         self._watch()
 
-    def _groups(self, given, lr, lr_other):
-        """The parameter groups: those given, then the factored and the other parameters left."""
-        factored = {p for layer in self.layers for p in (layer.weight, layer.bias) if p is not None}
-        groups, taken = [], set()
-        for group in given:
-            members = group["params"]
-            members = [members] if isinstance(members, torch.Tensor) else list(members)
-            if strangers := set(members) - set(self.parameter_names):
-                raise ValueError(
-                    f"param_groups has {len(strangers)} parameters that are not of the model"
-                )
-            groups.append({**group, "params": members})
-            taken |= set(members)
+    def _groups(self, given, defaults, lr_other):
+        """The parameter groups: those given, then what is left, each as factored and others."""
+        given = [{**group, "params": _as_list(group["params"])} for group in given]
+        taken = {p for group in given for p in group["params"]}
+        if strangers := taken - set(self.parameter_names):
+            shapes = [(*p.shape,) for p in strangers]
+            raise ValueError(f"param_groups has parameters the model has not, of shapes {shapes}")
         rest = [p for p in self.parameter_names if p not in taken]
-        groups.append({"params": [p for p in rest if p in factored], "lr": lr})
-        groups.append({"params": [p for p in rest if p not in factored], "lr": lr_other})
+        factored = {p for layer in self.layers for p in (layer.weight, layer.bias)}
+        groups = []
+        for group in [*given, {"params": rest, "lr_other": lr_other}]:
+            settings = {**defaults, **group}
+            other = settings.pop("lr_other", None if "lr" in group else lr_other)
+            for name, bounds in GROUP_SETTINGS.items():
+                real_number(name, settings[name], **bounds)
+            if other is None:
+                natural = self.lr_scale == "natural"
+                other = settings["lr"] / settings["damping"] if natural else settings["lr"]
+            other = real_number("lr_other", other, **GROUP_SETTINGS["lr"])
+            mine = [p for p in group["params"] if p in factored]
+            others = [p for p in group["params"] if p not in factored]
+            groups += [{**settings, "params": mine}, {**settings, "params": others, "lr": other}]
         return [group for group in groups if group["params"]]
-
-    def add_param_group(self, param_group):
-        """As in every torch optimizer; ValueError, and no group, if a setting is out of bounds."""
-        for name, bounds in GROUP_SETTINGS.items():
-            real_number(name, param_group.get(name, self.defaults[name]), **bounds)
-        super().add_param_group(param_group)
 
     def _watch(self):
         """Start to capture; also after copying and unpickling."""
@@ -451,3 +450,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
         lines += [f"  {name or 'the model'}: {text}" for name, text in self.treatments.items()]
         return "\n".join(lines)
+
+
+def _as_list(parameters):
+    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)

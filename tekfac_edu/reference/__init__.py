@@ -8,6 +8,7 @@ Nothing here imports torch. Every method is a function of two matrices per layer
     trace-restricted factors    TKFAC                                   TEKFAC
 """
 
+from tekfac_edu.reference.convolution import ConvNet, patches
 from tekfac_edu.reference.damping import kfac_damping, kfac_pi, trace_damping
 from tekfac_edu.reference.descent import GradientDescent, LayerCurvature, NaturalGradient, train
 from tekfac_edu.reference.eigenbasis import eigenbasis, qr_iteration
@@ -44,6 +45,7 @@ __all__ = [
     "MLP",
     "TEKFAC",
     "TKFAC",
+    "ConvNet",
     "GradientDescent",
     "KFACFactors",
     "LayerCurvature",
@@ -63,6 +65,7 @@ __all__ = [
     "move_eigenvalues",
     "nearest_kronecker_product",
     "partial_traces",
+    "patches",
     "qr_iteration",
     "rearrange",
     "split_vecs",
