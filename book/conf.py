@@ -25,6 +25,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_togglebutton",
     # book/_ext
+    "chapter_numbers",
     "fresh_outputs",
     "titled_boxes",
     "reader_notebooks",

@@ -9,14 +9,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.image import imread
 from matplotlib.patches import FancyBboxPatch
 
 from tekfac_edu import figures
 from tekfac_edu.figures.curves import _spread
 
 FOUR = ("KFAC", "EKFAC", "TKFAC", "TEKFAC")
-PLACES = (None, "start", "exact", "kronecker", "KFAC", "damping", "EKFAC", "TKFAC", "TEKFAC")
+WAY_ON = ("convolutions", "PyTorch")
+PLACES = (None, "start", "exact", "kronecker", "damping", *FOUR, *WAY_ON)
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +56,14 @@ def drawn_texts(fig):
         if ax.get_legend():
             texts += [ax.get_legend().get_title(), *ax.get_legend().get_texts()]
         yield from (text for text in texts if text.get_text() and text.get_visible())
+
+
+def boxes_of(fig):
+    """Extents of a map's boxes, and of the tag "you are here" (its border alone is white)."""
+    boxes = [p for p in fig.axes[0].patches if isinstance(p, FancyBboxPatch)]
+    tags = [p for p in boxes if p.get_edgecolor() == to_rgba("white")]
+    others = [p for p in boxes if p not in tags]
+    return [p.get_window_extent() for p in others], [p.get_window_extent() for p in tags]
 
 
 def random_matrices(count, size=20):
@@ -148,21 +159,47 @@ def test_map_marks_the_place_and_nothing_else():
         assert all(texts.count(method) == 1 for method in FOUR)
 
 
-def test_boxes_of_the_map_lie_apart_and_hold_one_text_or_two():
-    fig = figures.method_map()
+@pytest.mark.parametrize("stop", WAY_ON)
+def test_way_on_is_drawn_below_the_same_map_and_only_there(stop):
+    """A new chapter must not redraw the maps of the others."""
+    plain, longer = (imread(io.BytesIO(png(figures.method_map(here)))) for here in (None, stop))
+    np.testing.assert_array_equal(longer[: len(plain)], plain)
+    assert len(longer) > len(plain)
+    for here in PLACES:
+        texts = " ".join(text.get_text() for text in figures.method_map(here).axes[0].texts)
+        assert all((name in texts) == (here in WAY_ON) for name in (*WAY_ON, "the way on"))
+
+
+@pytest.mark.parametrize("stop", WAY_ON)
+def test_you_are_here_hangs_from_its_stop_and_hides_no_letter(stop):
+    fig = figures.method_map(stop)
     fig.draw_without_rendering()
-    boxes = [p.get_window_extent() for p in fig.axes[0].patches if isinstance(p, FancyBboxPatch)]
-    assert len(boxes) == len(PLACES) - 1
+    boxes, (tag,) = boxes_of(fig)
+    (held_by,) = (box for box in boxes if box.overlaps(tag))
+    texts = {t.get_text(): t.get_window_extent() for t in fig.axes[0].texts}
+    (marked,) = (text for text, extent in texts.items() if held_by.contains(*extent.min))
+    assert stop in marked
+    assert not tag.overlaps(texts[marked])
+
+
+@pytest.mark.parametrize(("here", "stops"), [(None, 4), *((stop, 6) for stop in WAY_ON)])
+def test_boxes_of_the_map_lie_apart_and_hold_one_text_or_two(here, stops):
+    fig = figures.method_map(here)
+    fig.draw_without_rendering()
+    boxes, _ = boxes_of(fig)
+    assert len(boxes) == stops + 4
     for a, b in itertools.combinations(boxes, 2):
         assert not a.overlaps(b)
     held = [0] * len(boxes)
     for text in fig.axes[0].texts:
+        if text.get_text() == "you are here":
+            continue
         extent = text.get_window_extent()
         for k, box in enumerate(boxes):
             inside = box.contains(*extent.min) and box.contains(*extent.max)
             assert inside or not box.overlaps(extent), text
             held[k] += inside
-    assert sorted(held) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert sorted(held) == [1] * stops + [2] * 4
 
 
 @pytest.mark.parametrize("method", FOUR)

@@ -1,5 +1,7 @@
 """The 2 × 2 map of the methods, drawn at the head of every chapter with "you are here"."""
 
+from itertools import pairwise
+
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -21,51 +23,64 @@ FORMULAS = {
     "TKFAC": r"$\delta\;\Phi \otimes \Psi$",
     "TEKFAC": r"$(Q_\Phi \otimes Q_\Psi)\,\mathrm{diag}(\Theta)\,(\cdot)^{\mathrm{T}}$",
 }
-STOPS = {
+WAY_HERE = {
     "start": (1.92, 2.62, 1.18, 0.24, "which metric?"),
     "exact": (3.42, 2.62, 1.50, 0.24, r"the exact Fisher $F$"),
     "kronecker": (5.24, 2.62, 1.83, 0.24, r"Kronecker algebra $\otimes$"),
+}
+STOPS = WAY_HERE | {
     "damping": (1.92, 0.06, 5.15, 0.22, "damping, running averages, the step: for all four"),
 }
+# Below the rest, and drawn only in the chapters that have left the table.
+WAY_ON = {
+    "convolutions": (1.92, -0.30, 2.65, 0.24, "convolutions: one weight, many positions"),
+    "PyTorch": (4.89, -0.30, 2.18, 0.24, "from NumPy to PyTorch"),
+}
+WAY_ON_HEIGHT = 0.5
 
 
 def method_map(here=None):
     """Draw the map of the methods.
 
     Rows are the two kinds of factors, columns whose eigenvalues are taken; above the table is the
-    way to it, below what all four share.
+    way to it, below what all four share. The way on from there is drawn for those who are on it.
 
     Parameters
     ----------
     here : None, or the place to mark with "you are here": "start", "exact", "kronecker", "KFAC",
-        "damping", "EKFAC", "TKFAC" or "TEKFAC".
+        "damping", "EKFAC", "TKFAC" or "TEKFAC"; on the way on, "convolutions" or "PyTorch".
 
     Returns
     -------
-    Figure, 7.2 × 2.95 inches.
+    Figure, 7.2 × 2.95 inches; with the way on 7.2 × 3.45 inches.
 
     Raises
     ------
     ValueError
         If `here` is none of these.
     """
-    if here is not None and here not in (*CELLS, *STOPS):
-        raise ValueError(f"here must be None or one of {', '.join((*STOPS, *CELLS))}; got {here!r}")
-    fig = Figure(figsize=(WIDTH, HEIGHT))
+    places = (*STOPS, *CELLS, *WAY_ON)
+    if here is not None and here not in places:
+        raise ValueError(f"here must be None or one of {', '.join(places)}; got {here!r}")
+    stops, bottom = (STOPS | WAY_ON, -WAY_ON_HEIGHT) if here in WAY_ON else (STOPS, 0)
+    fig = Figure(figsize=(WIDTH, HEIGHT - bottom))
     ax = fig.add_axes((0, 0, 1, 1))
-    ax.set(xlim=(0, WIDTH), ylim=(0, HEIGHT))
+    ax.set(xlim=(0, WIDTH), ylim=(bottom, HEIGHT))
     ax.axis("off")
-    for stop in STOPS:
+    for stop in stops:
         _draw_stop(ax, stop, here == stop)
     _headings(ax)
     for method in CELLS:
         _draw_cell(ax, method, here == method)
     _arrows(ax)
+    _way(ax, "the way here", WAY_HERE)
+    if here in WAY_ON:
+        _way(ax, "the way on", WAY_ON)
     return fig
 
 
 def _draw_stop(ax, stop, marked):
-    left, bottom, width, height, text = STOPS[stop]
+    left, bottom, width, height, text = (STOPS | WAY_ON)[stop]
     _box(ax, (left, bottom, width, height), INK if marked else "white", INK if marked else FAINT)
     ax.text(
         left + width / 2,
@@ -77,8 +92,9 @@ def _draw_stop(ax, stop, marked):
         color="white" if marked else SOFT,
     )
     if marked:
+        shift = 0.08 if stop in WAY_ON else 0.05  # the tag leaves a long text readable
         _you_are_here(
-            ax, left + width, bottom - 0.05 if stop != "damping" else bottom + height + 0.04
+            ax, left + width, bottom - shift if stop != "damping" else bottom + height + 0.04
         )
 
 
@@ -136,13 +152,15 @@ def _arrows(ax):
         x = left + 0.15
         _arrow(ax, (x, bottom - 0.05), (x, CELLS["TKFAC"][1] + CELLS["TKFAC"][3] + 0.05))
         ax.text(x + 0.1, bottom - 0.15, "restrict the trace", va="center_baseline", size=7.5)
-    left, middle = STOPS["start"][0], STOPS["start"][1] + STOPS["start"][3] / 2
-    for stop, following in (("start", "exact"), ("exact", "kronecker")):
-        right = STOPS[stop][0] + STOPS[stop][2]
-        _arrow(ax, (right + 0.04, middle), (STOPS[following][0] - 0.04, middle), SOFT)
-    ax.text(
-        left - 0.12, middle, "the way here", ha="right", va="center_baseline", size=8, color=SOFT
-    )
+
+
+def _way(ax, name, stops):
+    """A row of stops: its name in front, arrows from each to the next."""
+    left, bottom, _, height, _ = next(iter(stops.values()))
+    middle = bottom + height / 2
+    for stop, following in pairwise(stops.values()):
+        _arrow(ax, (stop[0] + stop[2] + 0.04, middle), (following[0] - 0.04, middle), SOFT)
+    ax.text(left - 0.12, middle, name, ha="right", va="center_baseline", size=8, color=SOFT)
 
 
 def _arrow(ax, start, end, color=INK):

@@ -4,8 +4,8 @@
 
     direction = Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ
 
-A decomposition may fail on a matrix that training has made ill conditioned. It is then tried once
-more, in float64 and with a ridge; what happens if that fails too is the caller's to decide.
+A decomposition may fail on a matrix that training has made singular (dead units). It is then tried
+once more, in float64 and with a ridge; what happens if that fails too is the caller's to decide.
 """
 
 import torch
@@ -35,16 +35,24 @@ def eigenbasis(S):
         If S is not finite, or `torch.linalg.eigh` failed, with a ridge and in float64 too.
     """
     try:
-        eigenvalues, Q = torch.linalg.eigh(S)
+        eigenvalues, Q = _finite_eigh(S)
     except torch.linalg.LinAlgError as first:
         ridge = RIDGE * S.diagonal().double().mean()
+        identity = torch.eye(len(S), dtype=torch.float64, device=S.device)
         try:
-            shifted = S.double() + ridge * torch.eye(len(S), dtype=torch.float64, device=S.device)
-            eigenvalues, Q = torch.linalg.eigh(shifted)
+            eigenvalues, Q = _finite_eigh(S.double() + ridge * identity)
         except torch.linalg.LinAlgError:
             raise DecompositionFailed(str(first)) from first
         eigenvalues, Q = (eigenvalues - ridge).to(S.dtype), Q.to(S.dtype)
     return eigenvalues.clamp(min=0), Q
+
+
+def _finite_eigh(S):
+    """eigh, with an error also where LAPACK gives NaN and none: seen in float32 with dead units."""
+    eigenvalues, Q = torch.linalg.eigh(S)
+    if not Q.isfinite().all():
+        raise torch.linalg.LinAlgError("eigh gave numbers that are not finite")
+    return eigenvalues, Q
 
 
 def qr_iteration(S, Q):

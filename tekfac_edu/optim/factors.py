@@ -159,8 +159,6 @@ def trace_restricted_factors(a, g):
     trace_Lambda, trace_Gamma = a.square().sum(-1), g.square().sum(-1)
     trace_Gamma_all = trace_Gamma.sum(0)
     delta = (trace_Lambda * trace_Gamma_all).sum() / N
-    weighted_a = (a * (trace_Gamma_all[..., None] / N)).flatten(0, 1)
-    weighted_g = (g * (trace_Lambda[..., None] / N)).flatten(0, 2)
-    return TraceRestrictedFactors(
-        delta, weighted_a.T @ a.flatten(0, 1), weighted_g.T @ g.flatten(0, 2)
-    )
+    root_a = (a * (trace_Gamma_all[..., None] / N).sqrt()).flatten(0, 1)
+    root_g = (g * (trace_Lambda[..., None] / N).sqrt()).flatten(0, 2)
+    return TraceRestrictedFactors(delta, root_a.T @ root_a, root_g.T @ root_g)

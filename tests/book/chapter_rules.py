@@ -23,6 +23,11 @@ BOX = re.compile(r"^:{3,}\{(?P<name>[\w:-]+)\}[ \t]*(?P<title>.*)\n(?P<options>(
 THEOREMS = ("prf:theorem", "prf:lemma", "prf:proposition", "prf:corollary")
 
 
+def number_of(path):
+    """A chapter's number, 11 for 11_convolutions.ipynb: two digits at the start of its name."""
+    return int(re.match(r"(\d\d)_", path.name)[1])
+
+
 def cells_of(notebook, kind):
     """(position, cell) of the cells of a kind, positions counted from 1 in the notebook."""
     return [(i, c) for i, c in enumerate(notebook.cells, 1) if c.cell_type == kind]

@@ -2,13 +2,15 @@
 
 import nbformat
 import pytest
-from chapter_rules import CHAPTERS, RULES
+from chapter_rules import CHAPTERS, RULES, number_of
 
 
-def test_the_ladder_has_no_missing_rung():
-    numbers = [int(path.name[:2]) for path in CHAPTERS]
-    assert numbers == list(range(1, len(numbers) + 1))
-    assert len(numbers) >= 8
+def test_ladder_has_one_chapter_a_rung_and_all_of_the_first_eight():
+    """Later chapters stand on these; among the later ones, some may be missing."""
+    numbers = [number_of(path) for path in CHAPTERS]
+    assert numbers == sorted(set(numbers))
+    assert numbers[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert numbers[-1] <= 13
 
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
