@@ -55,6 +55,8 @@ class Capture:
         self.fisher_passes = 0
         self._in_fisher_pass = False
         self._canonical = {}  # part -> the part it turned out to belong to
+        for module in modules:
+            _forget_copied_hooks(module)
         hook = ForwardHook(weakref.ref(self))
         handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
         weakref.finalize(self, _remove, handles)
@@ -190,6 +192,14 @@ class ForwardHook:
 
 def _nothing():
     return None
+
+
+def _forget_copied_hooks(module):
+    """A copied model carries copies of hooks, which know no `Capture`."""
+    hooks = module._forward_hooks
+    for key in [k for k, h in hooks.items() if isinstance(h, ForwardHook) and h.capture() is None]:
+        del hooks[key]
+        module._forward_hooks_with_kwargs.pop(key, None)
 
 
 def _remove(handles):

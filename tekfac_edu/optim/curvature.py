@@ -70,11 +70,8 @@ class LayerCurvature:
         scale = self.factors.spectrum_scale
         return [Q_in, Q_out] if self.corrected else [Q_in, Q_out, scale * s_in, scale * s_out]
 
-    def fallback_basis(self):
-        """What to go on with when `decompose` failed: the last basis, or at first the identity."""
-        if self.Q_in is not None:
-            last = [self.Q_in, self.Q_out]
-            return last if self.corrected else [*last, self.s_in, self.s_out]
+    def identity_basis(self):
+        """What to start with if the first `decompose` fails: the identity and its eigenvalues."""
         pair = [S.nan_to_num() for S in self.factors.pair]
         identities = [torch.eye(len(S), dtype=S.dtype, device=S.device) for S in pair]
         if self.corrected:

@@ -48,10 +48,15 @@ def rank_in(group):
     return 0 if group is None else distributed.get_rank(group)
 
 
-def send_from(owner, tensors, group):
-    """Overwrite tensors on every rank with those of the owner."""
+def received_from(owner, tensors, group):
+    """The owner's tensors, or None if it has none; others pass tensors of the right shapes."""
     if group is None:
-        return
+        return tensors
     source = distributed.get_global_rank(group, owner)
+    found = [tensors is not None]
+    distributed.broadcast_object_list(found, source, group=group)
+    if not found[0]:
+        return None
     for tensor in tensors:
         distributed.broadcast(tensor, source, group=group)
+    return tensors

@@ -28,6 +28,7 @@ from tekfac_edu.optim.report import report
 from tekfac_edu.optim.statistics import Refresh, warn_unless_explained
 from tekfac_edu.optim.treatment import find_layers, unwrapped
 
+INTERVAL, WARMUP_STEPS = 10, 20  # what is used where nothing is given
 GROUP_SETTINGS = {  # of a parameter group: the bounds of each
     "lr": {"at_least": 0},
     "momentum": {"at_least": 0, "below": 1},
@@ -63,9 +64,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         trace_multiplier=1.0,  # τ of the trace policy
         trace_floor=1e-8,  # ϑ
         fisher="empirical",
-        factor_interval=10,  # T_FIM
-        eigen_interval=10,  # T_EIG
-        scale_interval=10,  # T_RE
+        factor_interval=None,  # T_FIM
+        eigen_interval=None,  # T_EIG
+        scale_interval=None,  # T_RE
+        warmup_steps=None,
         factor_decay=0.95,  # ρ
         scale_decay=0.95,
         eigenbasis="eigh",
@@ -94,7 +96,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             distribution, sampled or in expectation; then call `accumulate_fisher` between forward
             and backward).
         factor_interval, eigen_interval, scale_interval : steps between refreshes of the factors,
-            the eigenbases and the measured eigenvalues (T_FIM, T_EIG, T_RE).
+            the eigenbases and the measured eigenvalues (T_FIM, T_EIG, T_RE); None: 10.
+        warmup_steps : during the first so many steps everything is refreshed at every step (ours: a
+            curvature that rests on a single batch is too small in the directions that the batch
+            lacks, and the first long steps go there). None: 20 if no interval is given, else 0.
         factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
         eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC, TEKFAC).
         lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means
@@ -124,9 +129,13 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.trace_multiplier = real_number("trace_multiplier", trace_multiplier, above=0)
         self.trace_floor = real_number("trace_floor", trace_floor, above=0)
         self.fisher = one_of("fisher", fisher, ("empirical", "mc", "exact"))
-        self.factor_interval = whole_number("factor_interval", factor_interval, 1)
-        self.eigen_interval = whole_number("eigen_interval", eigen_interval, 1)
-        self.scale_interval = whole_number("scale_interval", scale_interval, 1)
+        if warmup_steps is None:
+            given = (factor_interval, eigen_interval, scale_interval)
+            warmup_steps = WARMUP_STEPS if all(interval is None for interval in given) else 0
+        self.warmup_steps = whole_number("warmup_steps", warmup_steps, 0)
+        self.factor_interval = _interval("factor_interval", factor_interval)
+        self.eigen_interval = _interval("eigen_interval", eigen_interval)
+        self.scale_interval = _interval("scale_interval", scale_interval)
         self.factor_decay = real_number("factor_decay", factor_decay, at_least=0, at_most=1)
         self.scale_decay = real_number("scale_decay", scale_decay, at_least=0, at_most=1)
         self.eigenbasis = one_of("eigenbasis", eigenbasis, ("eigh", "qr"))
@@ -184,12 +193,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self._say_what_is_wanted()
 
     def _say_what_is_wanted(self):
-        due = self.steps % self.factor_interval == 0 or (
-            self.corrected and self.steps % self.scale_interval == 0
-        )
+        intervals = [self.factor_interval] + self.corrected * [self.scale_interval]
         self.capture.wanted = frozenset(
-            layer.module for layer in self.layers if due or not self.curvatures[layer].ready
+            layer.module for interval in intervals for layer in self._due(interval)
         )
+
+    def _due(self, interval):
+        """The layers whose statistic of this interval the next step refreshes."""
+        if self.steps < self.warmup_steps or self.steps % interval == 0:
+            return self.layers
+        return [layer for layer in self.layers if not self.curvatures[layer].ready]
 
     def zero_grad(self, set_to_none=True):
         """As in every torch optimizer; what backward passes left for the statistics goes too."""
@@ -284,17 +297,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                     warn_unless_explained(layer, batches[layer.module], gradients[layer])
         refresh = Refresh(self.curvatures, batches, group, self.warned)
 
-        def due(interval):
-            return [
-                layer
-                for layer, curvature in self.curvatures.items()
-                if self.steps % interval == 0 or not curvature.ready
-            ]
-
-        refresh.factors(due(self.factor_interval), self.estimate_factors, self.factor_decay)
-        refresh.bases(due(self.eigen_interval), self.steps)
+        refresh.factors(self._due(self.factor_interval), self.estimate_factors, self.factor_decay)
+        refresh.bases(self._due(self.eigen_interval), self.steps)
         if self.corrected:
-            refresh.eigenvalues(due(self.scale_interval), self.scale_decay, self.steps)
+            refresh.eigenvalues(self._due(self.scale_interval), self.scale_decay, self.steps)
 
     def _update(self, gradients):
         dampings = self.dampings()
@@ -438,6 +444,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "factor_interval",
                 "eigen_interval",
                 "scale_interval",
+                "warmup_steps",
                 "damping_policy",
                 "damping_rule",
                 "eigenbasis",
@@ -450,6 +457,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
         lines += [f"  {name or 'the model'}: {text}" for name, text in self.treatments.items()]
         return "\n".join(lines)
+
+
+def _interval(name, steps):
+    return INTERVAL if steps is None else whole_number(name, steps, 1)
 
 
 def _as_list(parameters):

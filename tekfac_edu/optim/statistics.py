@@ -9,7 +9,7 @@ import warnings
 
 import torch
 
-from tekfac_edu.optim.distributed import rank_in, send_from, share_out, sum_over_ranks
+from tekfac_edu.optim.distributed import rank_in, received_from, share_out, sum_over_ranks
 from tekfac_edu.optim.eigenbasis import DecompositionFailed
 from tekfac_edu.optim.factors import factors_from
 from tekfac_edu.optim.rescaling import corrected_eigenvalues
@@ -59,10 +59,12 @@ class Refresh:
             for layer, owner in zip(layers, owners, strict=True)
         ]
         for layer, owner, basis in zip(layers, owners, bases, strict=True):
-            send_from(owner, basis, self.group)
-            self.curvatures[layer].turn_to(basis, step)
+            basis = received_from(owner, basis, self.group)
+            if basis is not None:
+                self.curvatures[layer].turn_to(basis, step)
 
     def _basis(self, layer):
+        """A new basis; None if the old one has to be kept."""
         curvature = self.curvatures[layer]
         try:
             return curvature.decompose()
@@ -72,7 +74,7 @@ class Refresh:
                 "basis",
                 f"the eigendecomposition of its factors failed; it keeps its last basis ({error})",
             )
-            return curvature.fallback_basis()
+            return None if curvature.ready else curvature.identity_basis()
 
     def _means(self, layers, estimate):
         """For each layer the mean over examples of the tensors `estimate(layer, a, g)` gives.
