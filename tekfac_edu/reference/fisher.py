@@ -41,7 +41,7 @@ def fisher_matrix(statistics):
 
     Parameters
     ----------
-    statistics : list of LayerStatistics, from `MLP.layer_statistics`; its `fisher` decides which.
+    statistics : list of LayerStatistics, from `layer_statistics` of a network; its `fisher` decides which.
 
     Returns
     -------
@@ -49,21 +49,22 @@ def fisher_matrix(statistics):
     """
     if not statistics:
         raise ValueError("statistics must hold at least one layer; got none")
-    counts = [np.shape(layer.a)[:1] + np.shape(layer.g)[:-1] for layer in statistics]
+    vectors = [_gradient_vectors(layer.a, layer.g) for layer in statistics]
+    counts = [v.shape[:2] for v in vectors]
     if len(set(counts)) > 1:
         raise ValueError(
-            f"statistics must come from one batch; the leading axes of (a, g) differ: {counts}"
+            f"statistics must come from one batch; (vectors per example, examples) differ: {counts}"
         )
-    vectors = np.concatenate([_gradient_vectors(layer.a, layer.g) for layer in statistics], axis=2)
+    vectors = np.concatenate(vectors, axis=2)
     return np.einsum("snp,snq->pq", vectors, vectors, optimize=True) / vectors.shape[1]
 
 
 def exact_fisher(mlp, x, loss="cross_entropy"):
-    """The exact Fisher of a small MLP: all layers, and the blocks between them.
+    """The exact Fisher of a small network: all layers, and the blocks between them.
 
     Parameters
     ----------
-    mlp : MLP.   x : (N, widths[0]) array.
+    mlp : MLP or ConvNet.   x : its inputs, N of them.
     loss : "cross_entropy", or "squared_error" (a Gaussian of unit variance). For both it equals
         the generalized Gauss-Newton matrix.
 

@@ -59,16 +59,16 @@ def test_environment_reaches(name):
     assert name in requirements(extras.split(","))
 
 
-@pytest.mark.parametrize("name", requirements(["book", "test", "dev"]))
+@pytest.mark.parametrize("name", requirements(["book", "experiments", "test", "dev"]))
 def test_pin_is_within_the_bounds(name):
-    assert requirements(["book", "test", "dev"])[name].specifier.contains(PINS[name])
+    assert requirements(["book", "experiments", "test", "dev"])[name].specifier.contains(PINS[name])
 
 
 def test_pins_name_no_platform():
     assert not [pin for pin in PINS.items() if "+" in pin[1] or pin[0].startswith("nvidia")]
 
 
-@pytest.mark.parametrize("name", requirements(["book", "test"]))
+@pytest.mark.parametrize("name", requirements(["book", "experiments", "test"]))
 def test_installed_is_pinned(name):
     """Where this fails alone, outputs may differ because another release makes them."""
     assert importlib.metadata.version(name).split("+")[0] == PINS[name]
