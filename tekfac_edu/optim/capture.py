@@ -178,7 +178,9 @@ class ForwardHook:
         if not (module.training and torch.is_grad_enabled() and output.requires_grad):
             return
         x = args[0] if args else kwargs["input"]
-        use, capture = Use(module, batched(module, x.detach())), self.capture
+        # The network's own inputs may be in a buffer that is filled again before the step.
+        x = x.detach() if x.requires_grad else x.clone()
+        use, capture = Use(module, batched(module, x)), self.capture
 
         def backward_hook(gradient):
             if (alive := capture()) is not None:

@@ -30,7 +30,8 @@ def fisher_vectors(outputs, likelihood, exact, generator):
         one_hot = torch.eye(C, dtype=z.dtype, device=z.device)
         vectors = (p[:, c, None].sqrt() * (p - one_hot[c]) for c in range(C))
     elif likelihood == "categorical":
-        label = torch.multinomial(p, 1, generator=generator)
+        # Outputs that are not finite give vectors that are not, and statistics that say so.
+        label = torch.multinomial(p.nan_to_num(nan=1.0), 1, generator=generator)
         vectors = [p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))]
     elif exact:
         one_hot = torch.eye(C, dtype=z.dtype, device=z.device)

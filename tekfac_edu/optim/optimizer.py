@@ -27,6 +27,7 @@ from tekfac_edu.optim.refusals import (
 from tekfac_edu.optim.report import report
 from tekfac_edu.optim.statistics import Refresh, warn_unless_explained
 from tekfac_edu.optim.treatment import find_layers, unwrapped
+from tekfac_edu.optim.warning import warn
 
 INTERVAL, WARMUP_STEPS = 10, 20  # what is used where nothing is given
 GROUP_SETTINGS = {  # of a parameter group: the bounds of each
@@ -306,8 +307,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         dampings = self.dampings()
         directions = {}
         for layer, M in gradients.items():
-            damping = dampings[layer]
-            direction = self.curvatures[layer].precondition(M, damping, self.damping_rule)
+            damping, curvature = dampings[layer], self.curvatures[layer]
+            if curvature.ready:
+                direction = curvature.precondition(M, damping, self.damping_rule)
+            else:  # its only statistics were not finite
+                direction = torch.zeros_like(M)
             if self.lr_scale == "sgd":
                 direction = damping * direction
             if layer.has_bias:
@@ -413,11 +417,21 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             curvature.load_state_dict(state_dict["curvatures"][layer.name], layer.weight.device)
         self.steps = state_dict["steps"]
         if state_dict["generator"] is not None:
-            if self.generator is None:
-                self.generator = torch.Generator(self.param_groups[0]["params"][0].device)
-            self.generator.set_state(state_dict["generator"].cpu())
+            self._load_generator(state_dict["generator"].cpu())
         self.capture.clear()
         self._say_what_is_wanted()
+
+    def _load_generator(self, state):
+        device = self.param_groups[0]["params"][0].device
+        generator = self.generator or torch.Generator(device)
+        if len(state) != len(generator.get_state()):
+            warn(
+                f"the state's random generator is of another kind of device than {device}: samples "
+                f"for the Fisher go on from a new seed"
+            )
+        else:
+            generator.set_state(state)
+            self.generator = generator
 
     def __getstate__(self):
         state = {

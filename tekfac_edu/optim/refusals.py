@@ -1,10 +1,9 @@
 """What a step or a state is refused for, before anything has changed."""
 
-import warnings
-
 import torch
 
 from tekfac_edu.optim.layers import gradient_matrix
+from tekfac_edu.optim.warning import warn
 
 
 def gradient_of(layer):
@@ -37,11 +36,7 @@ def gradients_are_finite(optimizer):
         return True
     bad = [name(p) for p, gradient in gradients.items() if not gradient.isfinite().all()]
     if bad:
-        warnings.warn(
-            f"step skipped, nothing changed: gradients are not finite in {', '.join(bad)}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        warn(f"step skipped, nothing changed: gradients are not finite in {', '.join(bad)}")
     return not bad
 
 
@@ -94,3 +89,16 @@ def refuse_foreign_state(optimizer, state_dict):
         D = curvatures[name]["eigenvalues"]
         if D is not None and (*D.shape,) != size:
             raise ValueError(f"{name} is {size} here and {(*D.shape,)} in the state")
+    ours = [p for group in optimizer.param_groups for p in group["params"]]
+    theirs = [index for group in state_dict["param_groups"] for index in group["params"]]
+    sizes, their_sizes = (
+        [len(group["params"]) for group in groups]
+        for groups in (optimizer.param_groups, state_dict["param_groups"])
+    )
+    if sizes != their_sizes:
+        raise ValueError(f"parameter groups of {sizes} tensors here, of {their_sizes} in the state")
+    for p, index in zip(ours, theirs, strict=True):
+        momentum = state_dict["state"].get(index, {}).get("momentum_buffer")
+        if momentum is not None and momentum.shape != p.shape:
+            name = optimizer.parameter_names.get(p, "a parameter")
+            raise ValueError(f"{name} is {(*p.shape,)} here and {(*momentum.shape,)} in the state")

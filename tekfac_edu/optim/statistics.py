@@ -5,14 +5,13 @@ one; a layer whose decomposition fails keeps the old basis (the identity, if the
 is named in a warning, once.
 """
 
-import warnings
-
 import torch
 
 from tekfac_edu.optim.distributed import rank_in, received_from, share_out, sum_over_ranks
 from tekfac_edu.optim.eigenbasis import DecompositionFailed
 from tekfac_edu.optim.factors import factors_from
 from tekfac_edu.optim.rescaling import corrected_eigenvalues
+from tekfac_edu.optim.warning import warn
 
 EXPLAINED = 0.9  # the least cosine of a gradient with the mean over examples of g aᵀ
 
@@ -105,7 +104,10 @@ class Refresh:
                 result[layer] = fields
             elif layer_used:
                 self._warn_once(
-                    layer, "statistic", "its statistics are not finite; it keeps the last good ones"
+                    layer,
+                    "statistic",
+                    "its statistics are not finite; it keeps the last good ones, and does not move "
+                    "while it has none",
                 )
         return result
 
@@ -130,7 +132,7 @@ class Refresh:
     def _warn_once(self, layer, what, text):
         if (layer.name, what) not in self.warned:
             self.warned.add((layer.name, what))
-            warnings.warn(f"{layer}: {text}", RuntimeWarning, stacklevel=6)
+            warn(f"{layer}: {text}")
 
 
 def warn_unless_explained(layer, batch, M):
@@ -139,10 +141,8 @@ def warn_unless_explained(layer, batch, M):
     norms = M.norm() * mean.norm()
     cosine = ((M * mean).sum() / norms).item() if norms > 0 else 1.0
     if cosine < EXPLAINED:
-        warnings.warn(
+        warn(
             f"{layer}: its gradient is not the mean of its examples' gradients (cosine "
             f"{cosine:.2f}), so the curvature is of something else. Is the first axis of its input "
-            f"the examples, and is its weight used in its own forward only?",
-            RuntimeWarning,
-            stacklevel=5,
+            f"the examples, and is its weight used in its own forward only?"
         )

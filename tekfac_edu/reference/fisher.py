@@ -41,7 +41,8 @@ def fisher_matrix(statistics):
 
     Parameters
     ----------
-    statistics : list of LayerStatistics, from `layer_statistics` of a network; its `fisher` decides which.
+    statistics : list of LayerStatistics, from a network's `layer_statistics`; its `fisher` decides
+        which.
 
     Returns
     -------

@@ -1,0 +1,182 @@
+"""The whole optimizer by dense matrices, on a network of its own that it never meets.
+
+    m ← τ m + direction,   p ← p − lr · weight_decay · p − lr · m     direction = (F̂ + λ)⁻¹ vec(∇)
+
+Every step: numerators of the factors, then bases (the averaged matrix loses what is off its
+diagonal there), then second moments in the new basis, then the update. No inverse is clever.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from .oracles import (
+    factors_of_independence,
+    layer_rows,
+    second_moments,
+    trace_restricted_numerators,
+    trained,
+    vec,
+    weight_matrix,
+)
+
+INDEPENDENCE, CORRECTED = ("KFAC", "EKFAC"), ("EKFAC", "TEKFAC")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+@dataclass
+class Settings:
+    """The optimizer's own names; intervals are those of factors, bases and scales."""
+
+    lr: float = 0.1
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    damping: float = 0.05
+    damping_policy: str = "constant"
+    damping_rule: str = "paper"
+    trace_multiplier: float = 1.0
+    trace_floor: float = 1e-8
+    factor_interval: int = 1
+    eigen_interval: int = 1
+    scale_interval: int = 1
+    warmup_steps: int = 0
+    factor_decay: float = 0.95
+    scale_decay: float = 0.95
+    lr_scale: str = "natural"
+    lr_other: float | None = None
+
+
+class DenseLayer:
+    """One layer's running averages, and the dense matrix that the method makes of them."""
+
+    def __init__(self, method, settings):
+        self.method, self.settings = method, settings
+        self.numerators = self.held = self.bases = self.scaled = None
+
+    def update(self, step, a, g):
+        s = self.settings
+        if step < s.warmup_steps:
+            step = 0  # every interval divides it
+        if step % s.factor_interval == 0:
+            independence = self.method in INDEPENDENCE
+            rule = factors_of_independence if independence else trace_restricted_numerators
+            self.numerators = averaged(self.numerators, rule(a, g), s.factor_decay)
+        if step % s.eigen_interval == 0:
+            if self.method in INDEPENDENCE:
+                self.held = (1.0, *self.numerators)
+            else:
+                delta, left, right = self.numerators
+                self.held = (delta, left / delta, right / delta)
+            self.bases = [np.linalg.eigh(S)[1] for S in self.held[1:]]
+            if self.scaled is not None:
+                self.scaled = diagonal_in(self.bases, self.scaled)
+        if step % s.scale_interval == 0:
+            G = np.einsum("snto,nti->snoi", g, a)
+            Q = np.kron(*self.bases)
+            new = (Q * vec(second_moments(G, *self.bases))) @ Q.T
+            old = None if self.scaled is None else (self.scaled,)
+            (self.scaled,) = averaged(old, (new,), s.scale_decay)
+
+    def dense(self):
+        scale, left, right = self.held
+        return self.scaled if self.method in CORRECTED else scale * np.kron(left, right)
+
+    def damped(self, damping):
+        if self.method in CORRECTED or self.settings.damping_rule == "added":
+            return self.dense() + damping * np.eye(len(self.dense()))
+        scale, left, right = self.held
+        root, share = np.sqrt(damping), 1.0
+        if self.method == "KFAC":
+            share = np.sqrt((np.trace(left) / len(left)) / (np.trace(right) / len(right)))
+        left, right = np.sqrt(scale) * left, np.sqrt(scale) * right
+        return np.kron(
+            left + share * root * np.eye(len(left)), right + root / share * np.eye(len(right))
+        )
+
+
+def averaged(old, new, decay):
+    if old is None:
+        return new
+    return tuple(decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
+
+
+def diagonal_in(bases, F):
+    Q = np.kron(*bases)
+    return (Q * np.diag(Q.T @ F @ Q)) @ Q.T
+
+
+@dataclass
+class DenseTraining:
+    """Training of `model`; `rows(model, module, batch)` says where a layer's a and g come from."""
+
+    model: nn.Module
+    method: str
+    settings: Settings
+    loss_of: object
+    rows: object
+    steps: int = 0
+    velocities: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.layers = {
+            module: DenseLayer(self.method, self.settings)
+            for module in self.model.modules()
+            if isinstance(module, (nn.Linear, *CONVOLUTIONS))
+        }
+
+    def step(self, batch):
+        rows = {module: self.rows(self.model, module, batch) for module in self.layers}
+        parameters = list(self.model.parameters())
+        loss = self.loss_of(self.model, *batch)
+        gradients = dict(zip(parameters, torch.autograd.grad(loss, parameters), strict=True))
+        for module, layer in self.layers.items():
+            layer.update(self.steps, *rows[module])
+        damping = self.dampings()
+        for module, layer in self.layers.items():
+            self.step_layer(module, layer, damping[module], gradients)
+        for parameter in set(parameters).difference(*map(trained, self.layers)):
+            self.move(parameter, gradients[parameter], self.lr_other())
+        self.steps += 1
+
+    def dampings(self):
+        s = self.settings
+        if s.damping_policy == "constant":
+            return dict.fromkeys(self.layers, s.damping)
+        own = {
+            module: s.trace_multiplier * max(np.trace(F), s.trace_floor) / len(F)
+            for module, F in ((module, layer.dense()) for module, layer in self.layers.items())
+            if isinstance(module, CONVOLUTIONS)
+        }
+        pace = max(own.values(), default=1.0)
+        return {module: own.get(module, pace * s.damping) for module in self.layers}
+
+    def lr_other(self):
+        s = self.settings
+        if s.lr_other is not None:
+            return s.lr_other
+        return s.lr if s.lr_scale == "sgd" else s.lr / s.damping
+
+    def step_layer(self, module, layer, damping, gradients):
+        M = weight_matrix(*[gradients[parameter] for parameter in trained(module)])
+        direction = np.linalg.solve(layer.damped(damping), vec(M)).reshape(M.shape, order="F")
+        if self.settings.lr_scale == "sgd":
+            direction = damping * direction
+        kernel = module.weight[0].numel()
+        parts = [
+            direction[:, :kernel].reshape(module.weight.shape),
+            direction[:, kernel:].flatten(),
+        ]
+        for parameter, part in zip(trained(module), parts, strict=False):
+            self.move(parameter, torch.tensor(part), self.settings.lr)
+
+    def move(self, parameter, direction, lr):
+        velocity = self.settings.momentum * self.velocities.get(parameter, 0) + direction
+        self.velocities[parameter] = velocity
+        with torch.no_grad():
+            parameter -= lr * self.settings.weight_decay * parameter + lr * velocity
+
+
+def looped_rows(objectives):
+    return lambda model, module, batch: layer_rows(model, module, objectives, batch)
