@@ -25,7 +25,7 @@ from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
 RECORD = Path(__file__).parent / "records" / "small_networks.json"
 BATCH = 128
 SEEDS = (0, 1, 2)
-NATURAL = [3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+NATURAL = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 OPTIMIZERS = {
     "SGD": (
         lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9),
