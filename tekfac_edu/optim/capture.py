@@ -126,7 +126,7 @@ class LayerBatch:
             shapes = {(len(use.x), len(use.gradients)) for use in uses}
             if len(shapes) > 1:
                 raise ValueError(
-                    f"{type(module).__name__} was called with {sorted(n for n, _ in shapes)} "
+                    f"{module} was called with {sorted(n for n, _ in shapes)} "
                     f"examples within one backward pass; the first axis of its input must be the "
                     f"examples, the same in every call"
                 )

@@ -9,12 +9,16 @@ any of them with its own λ_l = τ max(tr D_l, ϑ) / dim per layer              
 import torch
 
 
-def kfac_pi(s_in, s_out):
-    """π = √(mean(s_in) / mean(s_out)), of the factors' eigenvalues; 1 if either mean is zero.
+def kfac_pi(A, G):
+    """π = √( (tr A / d_in) / (tr G / d_out) ), a () tensor; 1 if either trace is zero (KFAC §6.3).
 
-    It makes the split of λ blind to which factor carries the scale (KFAC §6.3).
+    It makes the split of λ blind to which factor carries the scale.
     """
-    mean_in, mean_out = s_in.mean(), s_out.mean()
+    return root_of_ratio(A.diagonal().mean(), G.diagonal().mean())
+
+
+def root_of_ratio(mean_in, mean_out):
+    """π from the mean eigenvalues of the two factors."""
     pi = (mean_in.sqrt() / mean_out.sqrt()).nan_to_num(nan=1.0, posinf=1.0)
     return torch.where(pi > 0, pi, torch.ones_like(pi))
 

@@ -13,8 +13,16 @@ def ranks_of(process_group):
     """The group to talk to, or None if there is nobody to talk to.
 
     process_group : "default" for all ranks once torch.distributed is initialised, None for never,
-        or a torch.distributed group.
+        or a torch.distributed group. ValueError for anything else.
     """
+    if not (
+        process_group in ("default", None)
+        or (distributed.is_available() and isinstance(process_group, distributed.ProcessGroup))
+    ):
+        raise ValueError(
+            f'process_group must be "default", None or a torch.distributed group; '
+            f"got {process_group!r}"
+        )
     if process_group is None or not (distributed.is_available() and distributed.is_initialized()):
         return None
     group = distributed.group.WORLD if process_group == "default" else process_group
@@ -57,6 +65,8 @@ def received_from(owner, tensors, group):
     distributed.broadcast_object_list(found, source, group=group)
     if not found[0]:
         return None
+    # eigh's Q lies in memory column by column, and what is sent is the memory.
+    tensors = [tensor.contiguous() for tensor in tensors]
     for tensor in tensors:
         distributed.broadcast(tensor, source, group=group)
     return tensors

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tekfac_edu.optim.damping import kfac_pi
+from tekfac_edu.optim.damping import root_of_ratio
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ class KFACFactors:
         """What the eigenvalues of `pair` have to be multiplied by, each, to give those of F: 1."""
         return torch.ones_like(self.A[0, 0])
 
-    damping_split = staticmethod(kfac_pi)
+    @staticmethod
+    def damping_split(s_in, s_out):
+        """π of KFAC's damping, from the eigenvalues of the pair."""
+        return root_of_ratio(s_in.mean(), s_out.mean())
 
 
 @dataclass(frozen=True)

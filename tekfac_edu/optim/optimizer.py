@@ -25,7 +25,7 @@ from tekfac_edu.optim.refusals import (
     refuse_missing_statistics,
 )
 from tekfac_edu.optim.report import report
-from tekfac_edu.optim.statistics import Refresh, warn_unless_explained
+from tekfac_edu.optim.statistics import Refresh, warn_if_examples_differ, warn_unless_explained
 from tekfac_edu.optim.treatment import find_layers, unwrapped
 from tekfac_edu.optim.warning import warn
 
@@ -106,7 +106,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means
             in flat directions what it means for SGD.
         lr_other : learning rate of the parameters that are not factored; None: lr under "sgd",
-            lr / damping under "natural".
+            lr / damping under "natural". Schedulers that scale keep the ratio; to one that sets
+            (OneCycleLR) give a list, one value per group.
         plain_sgd : names of modules that are not to be factored.
         param_groups : list of dicts of own settings: "params", and any of lr, lr_other, momentum,
             weight_decay, damping. Each becomes two groups, its factored parameters and its others;
@@ -130,6 +131,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.trace_multiplier = real_number("trace_multiplier", trace_multiplier, above=0)
         self.trace_floor = real_number("trace_floor", trace_floor, above=0)
         self.fisher = one_of("fisher", fisher, ("empirical", "mc", "exact"))
+        if not isinstance(model, torch.nn.Module):
+            raise ValueError(
+                f"model must be the nn.Module itself, not its parameters: its layers' inputs are "
+                f"needed; got {type(model).__name__}"
+            )
         if warmup_steps is None:
             given = (factor_interval, eigen_interval, scale_interval)
             warmup_steps = WARMUP_STEPS if all(interval is None for interval in given) else 0
@@ -146,7 +152,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 f'{type(self).__name__} needs the eigenvalues of its factors: "eigh"'
             )
         self.lr_scale = one_of("lr_scale", lr_scale, ("natural", "sgd"))
+        ranks_of(process_group)
         self.process_group = process_group
+        if not (generator is None or isinstance(generator, torch.Generator)):
+            raise ValueError(f"generator must be a torch.Generator or None; got {generator!r}")
         self.generator = generator
         self.steps = 0
         self.warned = set()
@@ -188,6 +197,20 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             groups += [{**settings, "params": mine}, {**settings, "params": others, "lr": other}]
         return [group for group in groups if group["params"]]
 
+    def add_param_group(self, param_group):
+        """As in every torch optimizer, for parameters that are not factored: give their own lr.
+
+        Raises
+        ------
+        ValueError
+            If a setting is out of its bounds, or lr is not given.
+        """
+        if "lr" not in param_group:
+            raise ValueError("a group added later takes plain momentum SGD: give its lr")
+        for name, bounds in GROUP_SETTINGS.items():
+            real_number(name, param_group.get(name, self.defaults[name]), **bounds)
+        super().add_param_group(param_group)
+
     def _watch(self):
         """Start to capture; also after copying and unpickling."""
         self.capture = Capture([layer.module for layer in self.layers], self.fisher == "empirical")
@@ -206,16 +229,15 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return [layer for layer in self.layers if not self.curvatures[layer].ready]
 
     def zero_grad(self, set_to_none=True):
-        """As in every torch optimizer; what backward passes left for the statistics goes too."""
+        """As in every torch optimizer; what was captured for the statistics goes too."""
         super().zero_grad(set_to_none)
-        if self.fisher == "empirical":
-            self.capture.clear()
+        self.capture.clear()
 
     def accumulate_fisher(self, outputs, likelihood="categorical"):
         """Send the model's own distribution back, for fisher="mc" or "exact"; leaves .grad alone.
 
-        Call it between the forward and the backward pass, once for each part of a batch. On steps
-        that take no statistics it does nothing.
+        Call it after zero_grad, between the forward and the backward pass, once for each part of a
+        batch. On steps that take no statistics it does nothing.
 
         Parameters
         ----------
@@ -252,9 +274,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         vectors = fisher_vectors(outputs, likelihood, self.fisher == "exact", self.generator)
         with self.capture.fisher_pass():
             for vector in vectors:
-                torch.autograd.grad(outputs, weights, vector, retain_graph=True, allow_unused=True)
+                _send_back(outputs, weights, vector)
         if len(self.capture.uses) == before:
-            raise RuntimeError("outputs come from no factored module in training mode")
+            raise RuntimeError(
+                "outputs come from no factored module in training mode, or have been used already"
+            )
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -272,14 +296,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         refuse_grad_scaler(self)
-        if not gradients_are_finite(self):
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if all(p.grad is None for p in parameters) or not gradients_are_finite(self):
             self.capture.clear()
             return loss
         device = self.param_groups[0]["params"][0].device
         with torch.autocast(device.type, enabled=False):
-            gradients = {
-                layer: gradient_of(layer) for layer in self.layers if layer.weight.grad is not None
-            }
+            gradients = {layer: gradient_of(layer) for layer in self.layers}
+            gradients = {layer: M for layer, M in gradients.items() if M is not None}
             self._refresh(gradients)
             self._update(gradients)
         self.capture.clear()
@@ -292,10 +316,15 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         batches = self.capture.batches()
         refuse_missing_statistics(self, gradients, batches)
         group = ranks_of(self.process_group)
+        fresh = [
+            layer
+            for layer in gradients
+            if layer.module in batches and not self.curvatures[layer].ready
+        ]
+        warn_if_examples_differ(fresh, batches)
         if self.fisher == "empirical" and group is None:
-            for layer in gradients:
-                if not self.curvatures[layer].ready and layer.module in batches:
-                    warn_unless_explained(layer, batches[layer.module], gradients[layer])
+            for layer in fresh:
+                warn_unless_explained(layer, batches[layer.module], gradients[layer])
         refresh = Refresh(self.curvatures, batches, group, self.warned)
 
         refresh.factors(self._due(self.factor_interval), self.estimate_factors, self.factor_decay)
@@ -385,7 +414,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         curvature = self.curvatures[layer]
         if not curvature.ready:
             raise RuntimeError(f"{layer} has no curvature yet: take a step first")
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(M.device.type, enabled=False):
             M = M.to(curvature.Q_in.dtype)
             return curvature.precondition(M, self.dampings()[layer], self.damping_rule)
 
@@ -471,6 +500,18 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
         lines += [f"  {name or 'the model'}: {text}" for name, text in self.treatments.items()]
         return "\n".join(lines)
+
+
+def _send_back(outputs, weights, vector):
+    """Run the backward pass for its hooks; the gradients themselves are not kept."""
+    try:
+        torch.autograd.grad(outputs, weights, vector, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "the graph of outputs is gone: call accumulate_fisher before backward()"
+        ) from error
 
 
 def _interval(name, steps):

@@ -7,18 +7,21 @@ from tekfac_edu.optim.warning import warn
 
 
 def gradient_of(layer):
-    """M: (d_out, d_in), from `.grad` of weight and bias.
+    """M: (d_out, d_in), from `.grad` of weight and bias; None if neither has one.
 
     Raises
     ------
     RuntimeError
-        If the weight has a gradient and a bias that is factored with it has none.
+        If only one of the two has one.
     """
-    if layer.has_bias and layer.bias.grad is None:
+    missing = [p.grad is None for p in (layer.weight, layer.bias) if p is not None]
+    if any(missing) and not all(missing):
         raise RuntimeError(
-            f"{layer} has a gradient for its weight and none for its bias; after freezing or "
-            f"unfreezing parameters, build a new optimizer"
+            f"{layer} has a gradient for only one of its weight and bias, which are factored "
+            f"together; after freezing or unfreezing parameters, build a new optimizer"
         )
+    if all(missing):
+        return None
     return gradient_matrix(layer.weight.grad, layer.bias.grad if layer.has_bias else None)
 
 
@@ -48,14 +51,17 @@ def refuse_missing_statistics(optimizer, gradients, batches):
     if optimizer.fisher != "empirical" and optimizer.capture.wanted and not batches:
         raise RuntimeError(
             f'fisher="{optimizer.fisher}" needs optimizer.accumulate_fisher(outputs) between the '
-            f"forward and the backward pass; this step takes statistics and it was not called"
+            f"forward and the backward pass, after zero_grad; this step takes statistics, and it "
+            f"was not called"
         )
     for layer in gradients:
         if not optimizer.curvatures[layer].ready and layer.module not in batches:
             raise RuntimeError(
-                f"{layer} has a gradient, but was never called in training mode, so there are no "
+                f"{layer} has a gradient, but no call in training mode was seen, so there are no "
                 f"statistics to precondition it with; call model.train(), or leave it to plain "
-                f"momentum SGD with plain_sgd=[{layer.name!r}]"
+                f"momentum SGD with plain_sgd=[{layer.name!r}]. A model that torch.compile had "
+                f"already run needs torch._dynamo.reset() once the optimizer is built, and a "
+                f"checkpointed one use_reentrant=False under this fisher"
             )
 
 

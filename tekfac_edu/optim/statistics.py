@@ -135,6 +135,18 @@ class Refresh:
             warn(f"{layer}: {text}")
 
 
+def warn_if_examples_differ(layers, batches):
+    """Warn if layers disagree about the number of examples: one has positions in its first axis."""
+    counts = {str(layer): batches[layer.module].num_examples for layer in layers}
+    if len(set(counts.values())) > 1:
+        few, many = min(counts, key=counts.get), max(counts, key=counts.get)
+        warn(
+            f"{few} saw {counts[few]} examples and {many} saw {counts[many]}. The first axis of a "
+            f"layer's input must be the examples; with positions folded into it, the curvature has "
+            f"the wrong scale"
+        )
+
+
 def warn_unless_explained(layer, batch, M):
     """Warn if M is not, up to its length, the mean over examples of g āᵀ that was captured."""
     mean = sum((g.sum(0).mT @ a).sum(0) for a, g in batch.chunks(layer.has_bias))

@@ -110,18 +110,18 @@ def test_what_zero_grad_discards_leaves_no_trace(case, method, fisher):
     assert_same(interrupted, plain)
 
 
-@every_case
-def test_zero_grad_may_stand_right_before_backward(case):
-    first, late = Run(case, fisher="exact"), Run(case, fisher="exact")
-    for seed in (1, 2):
-        x, y = case.batch(8, seed)
-        first.step((x, y))
-        outputs = late.model(x)
-        late.optimizer.accumulate_fisher(outputs)
-        late.optimizer.zero_grad()
-        nn.functional.cross_entropy(outputs, y).backward()
-        late.optimizer.step()
-    assert_same(late, first)
+@every_method
+def test_zero_grad_between_the_fisher_call_and_backward_is_refused(method):
+    """It discards what the call has left, so the step must not go on as if it were there."""
+    run, (x, y) = Run(CASES[0], method, "exact"), CASES[0].batch(8)
+    outputs = run.model(x)
+    run.optimizer.accumulate_fisher(outputs)
+    run.optimizer.zero_grad()
+    nn.functional.cross_entropy(outputs, y).backward()
+    with pytest.raises(RuntimeError, match="after zero_grad"):
+        run.optimizer.step()
+    for one, other in zip(run.model.parameters(), CASES[0].make().parameters(), strict=True):
+        assert torch.equal(one, other)
 
 
 @every_case

@@ -98,7 +98,7 @@ def test_before_the_first_step_there_are_sizes_and_no_numbers():
     optimizer = KFAC(cnn(), 0.1)
     rows = {row.name: row for row in optimizer.report().rows}
     assert (rows["0"].d_out, rows["0"].d_in) == (2, 9)
-    assert (rows["3"].d_out, rows["3"].d_in) == (3, 19)
+    assert (rows["3"].d_out, rows["3"].d_in) == (3, 9)
     assert rows["1"].d_out is None and "BatchNorm2d" in rows["1"].treatment
     for row in rows.values():
         assert row.damping is row.largest is row.cosine is row.basis_age is None

@@ -86,3 +86,21 @@ def test_a_gradient_penalty_takes_its_statistics_from_the_whole_loss_once():
         optimizer.step()
         train(undisturbed, other, [(x, y)])
     assert torch.allclose(parameters(model), parameters(undisturbed), rtol=1e-10, atol=1e-14)
+
+
+def test_positions_folded_into_the_examples_are_said_to_be():
+    """The first layer sees 3 · 12 rows, the second 12: its curvature would be of the wrong scale."""
+
+    class Folded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.each, self.all = nn.Linear(4, 2), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.all(torch.tanh(self.each(x.flatten(0, 1))).reshape(len(x), 6))
+
+    model = Folded()
+    optimizer = TEKFAC(model, 0.1)
+    x, y = torch.randn(12, 3, 4), torch.arange(12) % 3
+    with pytest.warns(RuntimeWarning, match="all.* saw 12 examples and each.* saw 36"):
+        train(model, optimizer, [(x, y)])
