@@ -98,9 +98,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             and backward).
         factor_interval, eigen_interval, scale_interval : steps between refreshes of the factors,
             the eigenbases and the measured eigenvalues (T_FIM, T_EIG, T_RE); None: 10.
-        warmup_steps : during the first so many steps everything is refreshed at every step (ours: a
-            curvature that rests on a single batch is too small in the directions that the batch
-            lacks, and the first long steps go there). None: 20 if no interval is given, else 0.
+        warmup_steps : during the first so many steps everything is refreshed at every step (ours:
+            an untrained network's gradients are small, its curvature grows a hundredfold while it
+            begins to learn, and steps by the first one are too long; chapter 12). None: 20 if no
+            interval is given, else 0.
         factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
         eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC, TEKFAC).
         lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means

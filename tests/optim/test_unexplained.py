@@ -89,7 +89,7 @@ def test_a_gradient_penalty_takes_its_statistics_from_the_whole_loss_once():
 
 
 def test_positions_folded_into_the_examples_are_said_to_be():
-    """The first layer sees 3 · 12 rows, the second 12: its curvature would be of the wrong scale."""
+    """The first layer sees 3 · 12 rows, the second 12: a curvature of the wrong scale."""
 
     class Folded(nn.Module):
         def __init__(self):
