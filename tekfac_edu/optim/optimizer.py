@@ -15,7 +15,7 @@ from tekfac_edu.arguments import one_of, real_number, whole_number
 from tekfac_edu.optim.capture import Capture
 from tekfac_edu.optim.curvature import LayerCurvature
 from tekfac_edu.optim.damping import trace_damping
-from tekfac_edu.optim.distributed import ranks_of
+from tekfac_edu.optim.distributed import rank_in, ranks_of
 from tekfac_edu.optim.fisher import LIKELIHOODS, fisher_vectors
 from tekfac_edu.optim.refusals import (
     gradient_of,
@@ -115,7 +115,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             so do the parameters that are in none.
         process_group : "default": average statistics over all ranks once torch.distributed is
             initialised; or a group; or None: never.
-        generator : torch.Generator of fisher="mc"; None: one seeded from torch's initial seed.
+        generator : torch.Generator of fisher="mc"; None: one of its own, seeded with torch's
+            initial seed plus the rank.
 
         Raises
         ------
@@ -271,7 +272,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             return
         before = len(self.capture.uses)
         if self.fisher == "mc" and self.generator is None:
-            self.generator = torch.Generator(outputs.device).manual_seed(torch.initial_seed())
+            seed = torch.initial_seed() + rank_in(ranks_of(self.process_group))
+            self.generator = torch.Generator(outputs.device).manual_seed(seed)
         vectors = fisher_vectors(outputs, likelihood, self.fisher == "exact", self.generator)
         with self.capture.fisher_pass():
             for vector in vectors:
