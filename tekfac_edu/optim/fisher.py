@@ -40,3 +40,21 @@ def fisher_vectors(outputs, likelihood, exact, generator):
         vectors = [torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)]
     for vector in vectors:
         yield vector.to(outputs.dtype)
+
+
+def send_back(outputs, weights, vector):
+    """Run a backward pass for its hooks; the weights' gradients are not kept, `.grad` not touched.
+
+    Raises
+    ------
+    RuntimeError
+        If `backward()` has already freed the graph.
+    """
+    try:
+        torch.autograd.grad(outputs, weights, vector, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "second time" not in str(error):
+            raise
+        raise RuntimeError(
+            "the graph of outputs is gone: call accumulate_fisher before backward()"
+        ) from error

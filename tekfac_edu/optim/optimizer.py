@@ -16,7 +16,8 @@ from tekfac_edu.optim.capture import Capture
 from tekfac_edu.optim.curvature import LayerCurvature
 from tekfac_edu.optim.damping import trace_damping
 from tekfac_edu.optim.distributed import rank_in, ranks_of
-from tekfac_edu.optim.fisher import LIKELIHOODS, fisher_vectors
+from tekfac_edu.optim.fisher import LIKELIHOODS, fisher_vectors, send_back
+from tekfac_edu.optim.groups import SETTINGS, check_settings, split_groups
 from tekfac_edu.optim.refusals import (
     gradient_of,
     gradients_are_finite,
@@ -30,12 +31,6 @@ from tekfac_edu.optim.treatment import find_layers, unwrapped
 from tekfac_edu.optim.warning import warn
 
 INTERVAL, WARMUP_STEPS = 10, 20  # what is used where nothing is given
-GROUP_SETTINGS = {  # of a parameter group: the bounds of each
-    "lr": {"at_least": 0},
-    "momentum": {"at_least": 0, "below": 1},
-    "weight_decay": {"at_least": 0},
-    "damping": {"above": 0},
-}
 
 
 class KroneckerOptimizer(torch.optim.Optimizer):
@@ -172,32 +167,17 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "damping": damping,
         }
-        super().__init__(self._groups(param_groups or [], defaults, lr_other), defaults)
-        self._watch()
-
-    def _groups(self, given, defaults, lr_other):
-        """The parameter groups: those given, then what is left, each as factored and others."""
-        given = [{**group, "params": _as_list(group["params"])} for group in given]
-        taken = {p for group in given for p in group["params"]}
-        if strangers := taken - set(self.parameter_names):
-            shapes = [(*p.shape,) for p in strangers]
-            raise ValueError(f"param_groups has parameters the model has not, of shapes {shapes}")
-        rest = [p for p in self.parameter_names if p not in taken]
         factored = {p for layer in self.layers for p in (layer.weight, layer.bias)}
-        groups = []
-        for group in [*given, {"params": rest, "lr_other": lr_other}]:
-            settings = {**defaults, **group}
-            other = settings.pop("lr_other", None if "lr" in group else lr_other)
-            for name, bounds in GROUP_SETTINGS.items():
-                real_number(name, settings[name], **bounds)
-            if other is None:
-                natural = self.lr_scale == "natural"
-                other = settings["lr"] / settings["damping"] if natural else settings["lr"]
-            other = real_number("lr_other", other, **GROUP_SETTINGS["lr"])
-            mine = [p for p in group["params"] if p in factored]
-            others = [p for p in group["params"] if p not in factored]
-            groups += [{**settings, "params": mine}, {**settings, "params": others, "lr": other}]
-        return [group for group in groups if group["params"]]
+        groups = split_groups(
+            param_groups or [],
+            self.parameter_names,
+            factored,
+            defaults,
+            lr_other,
+            natural=self.lr_scale == "natural",
+        )
+        super().__init__(groups, defaults)
+        self._watch()
 
     def add_param_group(self, param_group):
         """As in every torch optimizer, for parameters that are not factored: give their own lr.
@@ -209,8 +189,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """
         if "lr" not in param_group:
             raise ValueError("a group added later takes plain momentum SGD: give its lr")
-        for name, bounds in GROUP_SETTINGS.items():
-            real_number(name, param_group.get(name, self.defaults[name]), **bounds)
+        check_settings(self.defaults | param_group)
         super().add_param_group(param_group)
 
     def _watch(self):
@@ -277,7 +256,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         vectors = fisher_vectors(outputs, likelihood, self.fisher == "exact", self.generator)
         with self.capture.fisher_pass():
             for vector in vectors:
-                _send_back(outputs, weights, vector)
+                send_back(outputs, weights, vector)
         if len(self.capture.uses) == before:
             raise RuntimeError(
                 "outputs come from no factored module in training mode, or have been used already"
@@ -499,27 +478,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         )
         lines = [f"{type(self).__name__}({settings})"]
         for i, group in enumerate(self.param_groups):
-            values = ", ".join(f"{name}={group[name]:g}" for name in GROUP_SETTINGS)
+            values = ", ".join(f"{name}={group[name]:g}" for name in SETTINGS)
             lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
         lines += [f"  {name or 'the model'}: {text}" for name, text in self.treatments.items()]
         return "\n".join(lines)
 
 
-def _send_back(outputs, weights, vector):
-    """Run the backward pass for its hooks; the gradients themselves are not kept."""
-    try:
-        torch.autograd.grad(outputs, weights, vector, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "second time" not in str(error):
-            raise
-        raise RuntimeError(
-            "the graph of outputs is gone: call accumulate_fisher before backward()"
-        ) from error
-
-
 def _interval(name, steps):
     return INTERVAL if steps is None else whole_number(name, steps, 1)
-
-
-def _as_list(parameters):
-    return [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
