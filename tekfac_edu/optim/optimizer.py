@@ -308,7 +308,6 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             for layer in fresh:
                 warn_unless_explained(layer, batches[layer.module], gradients[layer])
         refresh = Refresh(self.curvatures, batches, group, self.warned)
-
         refresh.factors(self._due(self.factor_interval), self.estimate_factors, self.factor_decay)
         refresh.bases(self._due(self.eigen_interval), self.steps)
         if self.corrected:

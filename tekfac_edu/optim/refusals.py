@@ -78,10 +78,8 @@ def refuse_grad_scaler(optimizer):
 def refuse_foreign_state(optimizer, state_dict):
     """ValueError if a state is of another method, or of a model of other layers."""
     method = type(optimizer).__name__
-    missing = {"state", "param_groups", "method", "steps", "curvatures", "generator"} - {
-        *state_dict
-    }
-    if missing:
+    needed = {"state", "param_groups", "method", "steps", "curvatures", "generator"}
+    if missing := needed - set(state_dict):
         raise ValueError(f"this is no state of {method}: it has no {', '.join(sorted(missing))}")
     if state_dict["method"] != method:
         raise ValueError(f"this is a state of {state_dict['method']}, not of {method}")
