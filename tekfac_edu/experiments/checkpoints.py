@@ -1,0 +1,132 @@
+"""Checkpoints that survive a kill at any moment: whole files only, the last two, checked when read.
+
+A checkpoint is written beside its place under another name, flushed to the disk, and renamed, which
+either happens or does not. The one before it stays until then, and is used if the last is damaged.
+"""
+
+import os
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+
+PATTERN = "checkpoint-*.pt"
+UNFINISHED = ".unfinished"
+
+
+def save_checkpoint(folder, step, state):
+    """Write `state` as the checkpoint after so many steps; keep one older than it.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, which names the folder; earlier checkpoints are untouched.
+    """
+    folder = Path(folder)
+    final = folder / f"checkpoint-{step:08d}.pt"
+    partial = folder / (final.name + UNFINISHED)
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(final)
+        _sync(folder)
+    except (OSError, RuntimeError) as error:  # torch's zip writer has its own error for a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"the checkpoint after step {step} could not be written to {folder} ({error}); "
+            "earlier ones are untouched: make room, and give the same command to continue"
+        ) from error
+    for old in checkpoints(folder)[:-2]:
+        old.unlink()
+
+
+def load_checkpoint(folder, device="cpu"):
+    """The newest checkpoint that is whole, or None if there is none at all.
+
+    A damaged one is named in a warning, and the one before it is used.
+
+    Raises
+    ------
+    ValueError
+        If there are checkpoints and all are damaged.
+    """
+    found = checkpoints(folder)
+    damage = []
+    for path in reversed(found):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                broken = archive.testzip()  # compares every member with its checksum
+            if broken is not None:
+                raise zipfile.BadZipFile(f"the checksum of {broken} is wrong")
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch has many ways to say that a file is damaged
+            damage.append(f"{path} ({str(error).splitlines()[0] if str(error) else error!r})")
+            continue
+        if damage:
+            warnings.warn(
+                f"damaged: {'; '.join(damage)}. Going on from {path.name}", stacklevel=2
+            )
+        return state
+    if damage:
+        raise ValueError(
+            f"no checkpoint can be read: {'; '.join(damage)}. Delete the folder to start again"
+        )
+    return None
+
+
+def checkpoints(folder):
+    """Paths of the finished checkpoints, oldest first."""
+    return sorted(Path(folder).glob(PATTERN))
+
+
+def remove_checkpoints(folder):
+    """A finished run needs none: its record stays."""
+    for path in [*checkpoints(folder), *Path(folder).glob(PATTERN + UNFINISHED)]:
+        path.unlink()
+
+
+def check_room(folder, needed):
+    """Make the folder; find out now, not after an epoch, whether `needed` bytes can be written.
+
+    Raises
+    ------
+    OSError
+        If the folder cannot be made or written to, or the disk is too full.
+    """
+    folder = Path(folder)
+    probe = folder / "writable"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"yes")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error}); give another folder") from error
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**20:.0f} MiB free; this run's checkpoints and record need "
+            f"{needed / 2**20:.0f} MiB: make room, or give another folder"
+        )
+
+
+def expected_bytes(model, optimizer):
+    """What one checkpoint takes at most: weights, momentum, and the layers' curvatures."""
+    tensors = [*model.parameters(), *model.buffers()]
+    total = 3 * sum(t.numel() * t.element_size() for t in tensors)
+    for layer in getattr(optimizer, "layers", ()):
+        total += 4 * (2 * layer.d_in**2 + 2 * layer.d_out**2 + 2 * layer.d_in * layer.d_out)
+    return total + 2**20
+
+
+def _sync(folder):
+    """Make the renaming itself last, where the system can open folders."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

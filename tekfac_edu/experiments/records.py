@@ -1,0 +1,129 @@
+"""The record of a run: what was measured, on what, with which versions, by which command.
+
+`record.json` in the run's folder is written when the run ends, whole or not at all. A race of many
+runs is one file with all their records, small enough to commit (`write_race`, `read_races`).
+"""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import tekfac_edu
+from tekfac_edu.experiments.configuration import Configuration
+
+FORMAT = 1
+
+
+def circumstances(device):
+    """What a number needs to be believed: device, versions, commit, command."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        named = torch.cuda.get_device_name(device)
+    else:
+        named = f"{_processor()}, {torch.get_num_threads()} thread(s)"
+    return {
+        "device": named,
+        "versions": {
+            "tekfac_edu": tekfac_edu.__version__,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda if device.type == "cuda" else None,
+            "python": platform.python_version(),
+        },
+        "commit": _commit(),
+        "command": shlex.join(["tekfac-edu", *sys.argv[1:]]),
+    }
+
+
+def write_json(path, content):
+    """Whole or not at all."""
+    path = Path(path)
+    partial = path.with_name(path.name + ".unfinished")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def read_record(path):
+    """A run's record, checked.
+
+    Raises
+    ------
+    ValueError
+        If the file is no record of this format.
+    """
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise ValueError(f"its format is {record['format']}; this version reads {FORMAT}")
+        Configuration.from_dict(record["configuration"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the record of a run: {error!r}") from error
+    return record
+
+
+def write_race(path, runs, trials=()):
+    """All records of a race, and the trials of its tuning, in one file."""
+    write_json(path, {"format": FORMAT, "runs": list(runs), "trials": list(trials)})
+
+
+def read_races(paths):
+    """All records below these paths: files of races, files of runs, folders of either.
+
+    Returns
+    -------
+    (runs, trials) : lists of records; trials are those with a held-out part.
+
+    Raises
+    ------
+    ValueError
+        If a path does not exist, or a file is no record.
+    """
+    runs = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ValueError(f"there is no {path}")
+        if path.is_dir():
+            runs += [read_record(file) for file in sorted(path.rglob("record.json"))]
+            continue
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if "runs" in content:
+            runs += content["runs"] + content["trials"]
+        else:
+            runs.append(read_record(path))
+    trials = [run for run in runs if run["configuration"]["held_out"]]
+    return [run for run in runs if not run["configuration"]["held_out"]], trials
+
+
+def _processor():
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit():
+    """Of the source this package was imported from, "+" if it has changed; None outside git."""
+    folder = Path(tekfac_edu.__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        tracked = [*git, "ls-files", "--error-unmatch", "__init__.py"]
+        subprocess.run(tracked, capture_output=True, check=True)
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "."], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+" if changed else "")

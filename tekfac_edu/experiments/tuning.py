@@ -1,0 +1,122 @@
+"""The same search for every optimizer: a compass search on the logarithms of its settings.
+
+From the start, try both neighbours of the best point in every coordinate, half a decade away for the
+learning rate, a decade for damping and weight decay; move to whatever is better; when all neighbours
+are worse, halve the steps. It ends after a number of trials that is the same for all, and knows no
+edge of a grid (Kolda, Lewis, Torczon, SIAM Review 45 (2003), section 1.2). A trial is a run, shorter
+than those of the race, that trains with nine tenths of the training images and is judged by the
+loss on the others. Ties go to the earlier trial. Trials have one seed, that of no run in the race.
+"""
+
+import math
+from pathlib import Path
+
+from tekfac_edu.arguments import whole_number
+from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS
+from tekfac_edu.experiments.records import write_json
+from tekfac_edu.experiments.training import train
+
+TRIALS = 12
+TUNING_SEED = 1000
+STEPS = {"lr": 0.5, "damping": 1.0, "weight_decay": 1.0}  # decades
+
+
+def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, **how):
+    """Search the settings of each optimizer; writes `tuned.json`, {optimizer: settings}.
+
+    Parameters
+    ----------
+    preset : Preset.   folder : of the race; trials go into its folder `trials`.
+    optimizers : which of the six.   trials : runs for each.
+    progress : called with a line per optimizer.
+    how : passed on to `train` (data_folder, device, bar).
+
+    Returns
+    -------
+    dict, {optimizer: {"lr", "damping" where there is one, "weight_decay"}}
+
+    Raises
+    ------
+    ValueError
+        If every trial of an optimizer diverged.
+    """
+    whole_number("trials", trials, 1)
+    tuned = {}
+    for optimizer in optimizers:
+
+        def judged(settings, optimizer=optimizer):
+            configuration = preset.base.replace(
+                **settings,
+                optimizer=optimizer,
+                epochs=preset.tuning_epochs,
+                held_out=True,
+                seed=TUNING_SEED,
+            )
+            record = train(configuration, Path(folder) / "trials" / configuration.name, **how)
+            loss = record["epochs"][-1]["test_loss"] if record["status"] == "finished" else None
+            return math.inf if loss is None else loss
+
+        coordinates = ["lr"] + ["damping"] * (optimizer in KRONECKER)
+        coordinates += ["weight_decay"] * preset.weight_decay
+        best, loss, closed = compass_search(judged, preset.starts[optimizer], coordinates, trials)
+        if math.isinf(loss):
+            raise ValueError(f"all {trials} trials of {optimizer} diverged; start elsewhere")
+        tuned[optimizer] = best
+        chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
+        tried = "all its neighbours are worse" if closed else "not all its neighbours were tried"
+        progress(f"{optimizer}: {chosen}; held-out loss {loss:.4g}; {tried}")
+    write_json(Path(folder) / "tuned.json", tuned)
+    return tuned
+
+
+def compass_search(judged, start, coordinates, trials):
+    """Minimize over the logarithms of some coordinates of a point.
+
+    Parameters
+    ----------
+    judged : point -> loss, inf where it diverged.
+    start : {name: value}, the first point.   coordinates : names of those that move; > 0.
+    trials : how often `judged` may be called.
+
+    Returns
+    -------
+    (point, loss, closed) : the best point, and whether all its neighbours at the first distance
+        have been tried, too.
+    """
+    steps = {name: STEPS[name] for name in coordinates}
+    seen = {}
+
+    def try_once(point):
+        key = tuple(point.items())
+        if key not in seen and len(seen) < trials:
+            seen[key] = judged(dict(point))
+        return seen.get(key, math.inf)
+
+    best, loss, closed = dict(start), try_once(start), False
+    while len(seen) < trials:
+        moved = False
+        for name in coordinates:
+            for direction in (1, -1):
+                neighbour = best | {name: _rounded(best[name] * 10 ** (direction * steps[name]))}
+                found = try_once(neighbour)
+                if found < loss:
+                    best, loss, moved = neighbour, found, True
+                    break
+        if moved:
+            closed = False
+        elif all(_tried(seen, best, name, steps[name]) for name in coordinates):
+            closed = True
+            steps = {name: step / 2 for name, step in steps.items()}
+    return best, loss, closed
+
+
+def _tried(seen, best, name, step):
+    return all(
+        tuple((best | {name: _rounded(best[name] * 10 ** (d * step))}).items()) in seen
+        for d in (1, -1)
+    )
+
+
+def _rounded(value):
+    """Two digits: 0.1, 0.32, 1; coming back gives the same number."""
+    return float(f"{value:.2g}")
