@@ -53,17 +53,17 @@ PRESETS = {
     ),
     "mnist-5k-autoencoder": Preset(
         "the 8-layer auto-encoder on 4,000 MNIST digits",
-        Configuration("autoencoder", "mnist-5k", epochs=20, interval=20, warmup_steps=10),
+        Configuration("autoencoder", "mnist-5k", epochs=15, interval=20, warmup_steps=10),
         _starts(0.01, 0.001, 0.1, 1.0),
         (200.0, 150.0, 120.0, 100.0),
         5,
     ),
     "cifar10-mini": Preset(
         "ResNet20 of half width on 5,000 CIFAR-10 images (give them as --data-folder)",
-        _images("resnet20", "cifar10", 15, width=8),
+        _images("resnet20", "cifar10", 12, width=8, interval=20, warmup_steps=10),
         _starts(0.1, 0.01, 0.1, 1e-2),
-        (1.4, 1.2, 1.1, 1.0, 0.9),
-        6,
+        (1.6, 1.4, 1.2, 1.1, 1.0),
+        4,
     ),
     "fashion-mnist": Preset(
         "ResNet20 on Fashion-MNIST",

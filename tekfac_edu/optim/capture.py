@@ -146,22 +146,22 @@ class LayerBatch:
                 yield self._inputs(uses, rows, has_bias), scale * self._gradients(uses, rows)
 
     def _inputs(self, uses, rows, has_bias):
-        return torch.cat([layer_inputs(self.module, use.x[rows], has_bias) for use in uses], 1)
+        return _joined([layer_inputs(self.module, use.x[rows], has_bias) for use in uses], 1)
 
     def _gradients(self, uses, rows):
-        return torch.cat(
-            [
-                torch.stack([layer_gradients(self.module, g[rows]) for g in use.gradients])
-                for use in uses
-            ],
-            2,
-        )
+        gradients = [[layer_gradients(self.module, g[rows]) for g in use.gradients] for use in uses]
+        return _joined([g[0][None] if len(g) == 1 else torch.stack(g) for g in gradients], 2)
 
     def _examples_at_once(self, uses, has_bias):
         a, g = self._inputs(uses, slice(1), has_bias), self._gradients(uses, slice(1))
         S, _, T, d_out = g.shape
         d_in = a.shape[-1]
         return max(1, CHUNK // max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1))
+
+
+def _joined(tensors, axis):
+    """As torch.cat, which copies even a single tensor; unfolded patches are large."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
 
 
 class ForwardHook:
