@@ -67,9 +67,7 @@ def load_checkpoint(folder, device="cpu"):
             damage.append(f"{path} ({str(error).splitlines()[0] if str(error) else error!r})")
             continue
         if damage:
-            warnings.warn(
-                f"damaged: {'; '.join(damage)}. Going on from {path.name}", stacklevel=2
-            )
+            warnings.warn(f"damaged: {'; '.join(damage)}. Going on from {path.name}", stacklevel=2)
         return state
     if damage:
         raise ValueError(

@@ -10,7 +10,9 @@ from tekfac_edu.experiments.presets import PRESETS
 try:
     import tyro
 except ImportError:
-    sys.exit("tekfac-edu needs the packages of its experiments: pip install tekfac-edu[experiments]")
+    sys.exit(
+        "tekfac-edu needs the packages of its experiments: pip install tekfac-edu[experiments]"
+    )
 
 Race = Annotated[Literal[tuple(PRESETS)], tyro.conf.Positional]
 Optimizers = tuple[Literal[OPTIMIZERS], ...]
@@ -95,11 +97,79 @@ def compare(
     _say(f"all runs are finished; their tables and figures: tekfac-edu report {folder}")
 
 
+def report(
+    records: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    into: Path = Path("report"),
+    targets: tuple[float, ...] | None = None,
+    clock: Literal["seconds", "cpu_seconds"] = "seconds",
+    save: Path | None = None,
+):
+    """Tables with mean ± s.d., epochs and seconds to target losses, and figures.
+
+    Args:
+        records: folders of races or runs, or files saved before.
+        into: folder for tables.txt, loss.png and score.png.
+        targets: training losses to which epochs and seconds are counted; default: spread evenly.
+        clock: which seconds; cpu_seconds on a machine that others use, too.
+        save: also write all records into this one file, small enough to share.
+    """
+    from tekfac_edu.experiments.records import read_races, write_race
+    from tekfac_edu.experiments.reporting import targets_of, write_report
+
+    runs, trials = read_races(records)
+    if not runs:
+        raise ValueError(f"no finished runs in {', '.join(map(str, records))}")
+    print(write_report(runs, trials, targets or targets_of(runs), into, clock))
+    if save is not None:
+        write_race(save, runs, trials)
+        print(f"{len(runs)} runs and {len(trials)} trials: {save}")
+    print(f"figures: {into / 'loss.png'}, {into / 'score.png'}")
+
+
+def bench(
+    model: Literal["mlp", "autoencoder", "resnet20", "vgg16"] = "resnet20",
+    optimizers: Optimizers = OPTIMIZERS,
+    interval: int = 10,
+    intervals: int = 3,
+    batch_size: int = 128,
+    width: int | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    into: Path | None = None,
+):
+    """Step time and memory of every optimizer, side by side, as ratios to SGD.
+
+    Args:
+        model: mlp and autoencoder on 28×28 digits, resnet20 and vgg16 on 32×32 in colour.
+        optimizers: which of the six.
+        interval: steps between refreshes.
+        intervals: how many whole intervals are timed, after one that is not.
+        batch_size: examples in a step.
+        width: channels of the first stage of resnet20 and vgg16.
+        device: default: a GPU if there is one.
+        into: also write the measurements into this JSON file.
+    """
+    from tekfac_edu.experiments.processes import processes
+    from tekfac_edu.experiments.records import write_json
+    from tekfac_edu.experiments.step_cost import blank_images, measure_steps, steps_table
+
+    images = blank_images((1, 28, 28) if model in ("mlp", "autoencoder") else (3, 32, 32))
+    configuration = Configuration(
+        model=model, interval=interval, batch_size=batch_size, width=width
+    )
+    with processes(device) as here:
+        measured = measure_steps(configuration, images, here.device, optimizers, intervals)
+    print(f"{model}, batch {batch_size}, interval {interval}; {measured['device']}")
+    print(steps_table(measured))
+    if into is not None:
+        write_json(into, measured)
+
+
 def main():
     """What the command tekfac-edu calls."""
     from tekfac_edu.experiments.training import Interrupted
 
-    commands = {"train": train, "tune": tune, "compare": compare}
+    commands = {"train": train, "tune": tune, "compare": compare, "report": report}
+    commands |= {"bench": bench}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="tekfac-edu", description=__doc__)
     except Interrupted as stopped:
@@ -126,3 +196,7 @@ def _writes():
 def _say(text):
     if _writes():
         print(text, flush=True)
+
+
+if __name__ == "__main__":
+    main()

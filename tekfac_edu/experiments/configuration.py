@@ -17,9 +17,9 @@ class Configuration:
     """One run: what is trained, on what, by which optimizer, for how long."""
 
     model: Literal["mlp", "autoencoder", "resnet20", "vgg16"] = "resnet20"
-    dataset: Literal["digits", "mnist-5k", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn"] = (
-        "cifar10"
-    )
+    dataset: Literal[
+        "digits", "mnist-5k", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn"
+    ] = "cifar10"
     """digits and mnist-5k are embedded in packages; the others are downloaded, or see --folder."""
     optimizer: Literal["sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac"] = "tekfac"
     lr: float = 0.1
@@ -39,7 +39,7 @@ class Configuration:
     augment: bool = False
     """Random crops (margin 4) and flips."""
     width: int | None = None
-    """Channels of the first stage; None: 16 for resnet20, 64 for vgg16. Fewer: a narrower network."""
+    """Channels of the first stage; None: 16 for resnet20, 64 for vgg16."""
     widths: tuple[int, ...] | None = None
     """mlp and autoencoder: the layers' widths between the pixels and the classes, or the code."""
     interval: int = 10
@@ -89,7 +89,9 @@ class Configuration:
                 f"{SIDES[self.dataset]}×{SIDES[self.dataset]}: use resnet20"
             )
         if self.model == "autoencoder" and self.augment:
-            raise ValueError("augment is for classification; the auto-encoder's target is its input")
+            raise ValueError(
+                "augment is for classification; the auto-encoder's target is its input"
+            )
 
     @property
     def name(self):

@@ -1,4 +1,4 @@
-"""The races: what is trained, for how long, and where the search for each optimizer's settings starts.
+"""The races: what is trained, for how long, and where the search for settings starts.
 
     preset = PRESETS["cifar10-resnet20"]
 

@@ -1,4 +1,4 @@
-"""What is minimized, and what is reported: classification, and reconstruction by an auto-encoder."""
+"""What is minimized, and what is reported: classification, and reconstruction."""
 
 import torch
 from torch.nn import functional
@@ -33,7 +33,9 @@ class Reconstruction:
     def loss(self, outputs, x, y):
         """Mean over examples."""
         target = x.flatten(1)
-        return functional.binary_cross_entropy_with_logits(outputs, target, reduction="sum") / len(x)
+        return functional.binary_cross_entropy_with_logits(outputs, target, reduction="sum") / len(
+            x
+        )
 
     def score_sum(self, outputs, x, y):
         """Of the score, over examples."""

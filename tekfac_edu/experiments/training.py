@@ -2,9 +2,9 @@
 
     record = train(Configuration(optimizer="tekfac", lr=0.1), "runs/first")
 
-A run continues from the newest checkpoint in its folder, and ends with the numbers of one that never
-stopped: everything random about an epoch follows from the seed and the epoch's number, and the rest
-is in the checkpoint.
+A run continues from the newest checkpoint in its folder, and ends with the numbers of one that
+never stopped: everything random about an epoch follows from the seed and the epoch's number, and
+the rest is in the checkpoint.
 """
 
 import datetime
@@ -115,7 +115,9 @@ class Run:
     def __init__(self, configuration, folder, data_folder, here, tensorboard=False):
         self.configuration, self.folder, self.here = configuration, folder, here
         if here.ranks > 1 and configuration.fisher == "mc":
-            raise ValueError('fisher "mc" on several processes cannot be continued exactly: use one')
+            raise ValueError(
+                'fisher "mc" on several processes cannot be continued exactly: use one'
+            )
         self.task = task_of(configuration)
         self.unit = configuration.model == "autoencoder"
         self.images = build_images(configuration, data_folder, str(here.device))
@@ -307,5 +309,7 @@ def _refuse_other(ours, theirs, folder):
         != (list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name))
     }
     if other:
-        listed = ", ".join(f"{name}: {was!r} there, {now!r} here" for name, (was, now) in other.items())
+        listed = ", ".join(
+            f"{name}: {was!r} there, {now!r} here" for name, (was, now) in other.items()
+        )
         raise ValueError(f"{folder} holds another run ({listed}); give another folder")

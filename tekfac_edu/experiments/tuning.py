@@ -1,11 +1,12 @@
 """The same search for every optimizer: a compass search on the logarithms of its settings.
 
-From the start, try both neighbours of the best point in every coordinate, half a decade away for the
-learning rate, a decade for damping and weight decay; move to whatever is better; when all neighbours
-are worse, halve the steps. It ends after a number of trials that is the same for all, and knows no
-edge of a grid (Kolda, Lewis, Torczon, SIAM Review 45 (2003), section 1.2). A trial is a run, shorter
-than those of the race, that trains with nine tenths of the training images and is judged by the
-loss on the others. Ties go to the earlier trial. Trials have one seed, that of no run in the race.
+From the start, try both neighbours of the best point in every coordinate, half a decade away for
+the learning rate, a decade for damping and weight decay; move to whatever is better; when all
+neighbours are worse, halve the steps. It ends after a number of trials that is the same for all,
+and knows no edge of a grid (Kolda, Lewis, Torczon, SIAM Review 45 (2003), section 1.2). A trial is
+a run, shorter than those of the race, that trains with nine tenths of the training images and is
+judged by the loss on the others. Ties go to the earlier trial. Trials have one seed, that of no run
+in the race.
 """
 
 import math
