@@ -53,9 +53,11 @@ PRESETS = {
     ),
     "mnist-5k-autoencoder": Preset(
         "the 8-layer auto-encoder on 4,000 MNIST digits",
-        Configuration("autoencoder", "mnist-5k", epochs=15, interval=20, warmup_steps=10),
-        _starts(0.03, 0.001, 0.01, 1.0),
-        (200.0, 150.0, 120.0, 100.0),
+        Configuration(
+            "autoencoder", "mnist-5k", epochs=15, interval=20, warmup_steps=10, fisher="mc"
+        ),
+        _starts(0.003, 0.001, 0.01, 0.1),
+        (200.0, 150.0, 130.0, 120.0),
         5,
     ),
     "cifar10-mini": Preset(

@@ -28,7 +28,7 @@ class Reconstruction:
     """
 
     score, better = "error", min
-    likelihood = "gaussian"
+    likelihood = "bernoulli"
 
     def loss(self, outputs, x, y):
         """Mean over examples."""

@@ -1,7 +1,9 @@
 """Which vectors the outputs send back: the three Fishers' choices (chapter 2).
 
-    exact, categorical   √p_c (p − e_c) for every class c        gaussian   e_c for every output c
-    mc, categorical      p − e_ŷ,  ŷ ~ p                         gaussian   ε ~ N(0, I)
+    likelihood      exact                                 mc
+    categorical     √p_c (p − e_c) for every class c      p − e_ŷ,  ŷ ~ p
+    bernoulli       √(p_c (1 − p_c)) e_c, every output    p − ŷ,    ŷ_c ~ p_c, independent
+    gaussian        e_c for every output c                ε ~ N(0, I)
 
 each the gradient, with respect to the outputs z of an example, of its own −log p(y|z) for that y.
 The empirical Fisher's vectors are those of the ordinary backward pass.
@@ -9,7 +11,7 @@ The empirical Fisher's vectors are those of the ordinary backward pass.
 
 import torch
 
-LIKELIHOODS = ("categorical", "gaussian")
+LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 
 
 def fisher_vectors(outputs, likelihood, exact, generator):
@@ -18,28 +20,39 @@ def fisher_vectors(outputs, likelihood, exact, generator):
     Parameters
     ----------
     outputs : (N, C) tensor: logits, or the mean of a Gaussian of unit variance.
-    likelihood : "categorical" or "gaussian".
+    likelihood : one of LIKELIHOODS.
     exact : every class (or output), or else one sample per example.
     generator : torch.Generator that samples.
     """
     z = outputs.detach()
     z = z if z.dtype == torch.float64 else z.float()
-    N, C = z.shape
-    p = z.softmax(1)
-    if likelihood == "categorical" and exact:
-        one_hot = torch.eye(C, dtype=z.dtype, device=z.device)
-        vectors = (p[:, c, None].sqrt() * (p - one_hot[c]) for c in range(C))
-    elif likelihood == "categorical":
-        # Outputs that are not finite give vectors that are not, and statistics that say so.
-        label = torch.multinomial(p.nan_to_num(nan=1.0), 1, generator=generator)
-        vectors = [p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))]
-    elif exact:
-        one_hot = torch.eye(C, dtype=z.dtype, device=z.device)
-        vectors = (one_hot[c].expand(N, C) for c in range(C))
-    else:
-        vectors = [torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)]
+    vectors = _of_every_output(z, likelihood) if exact else [_sampled(z, likelihood, generator)]
     for vector in vectors:
         yield vector.to(outputs.dtype)
+
+
+def _of_every_output(z, likelihood):
+    N, C = z.shape
+    one_hot = torch.eye(C, dtype=z.dtype, device=z.device)
+    if likelihood == "categorical":
+        p = z.softmax(1)
+        return (p[:, c, None].sqrt() * (p - one_hot[c]) for c in range(C))
+    if likelihood == "bernoulli":
+        deviation = (z.sigmoid() * (-z).sigmoid()).sqrt()
+        return (deviation * one_hot[c] for c in range(C))
+    return (one_hot[c].expand(N, C) for c in range(C))
+
+
+def _sampled(z, likelihood, generator):
+    # Outputs that are not finite give vectors that are not, and statistics that say so.
+    if likelihood == "categorical":
+        p = z.softmax(1)
+        label = torch.multinomial(p.nan_to_num(nan=1.0), 1, generator=generator)
+        return p.scatter_add(1, label, torch.full_like(p[:, :1], -1.0))
+    if likelihood == "bernoulli":
+        p = z.sigmoid()
+        return p - torch.bernoulli(p.nan_to_num(nan=0.5), generator=generator)
+    return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
 
 
 def send_back(outputs, weights, vector):

@@ -223,8 +223,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         Parameters
         ----------
         outputs : (N, C) tensor, what the model returned: logits, or the mean of a Gaussian.
-        likelihood : "categorical" (cross-entropy), or "gaussian" of unit variance (half the squared
-            error, summed over outputs).
+        likelihood : "categorical" (cross-entropy), "bernoulli" (binary cross-entropy, summed over
+            outputs), or "gaussian" of unit variance (half the squared error, summed over outputs).
 
         Raises
         ------
