@@ -37,6 +37,15 @@ def objectives_categorical(model, x, *_):
     return [-log_p[c] * log_p[c].detach().exp().sqrt() for c in range(len(log_p))]
 
 
+def objectives_bernoulli(model, x, *_):
+    """√p(y_c|x) · (−log p(y_c|x)) for both values of every output, each a coin of its own."""
+    return [
+        -log_p * log_p.detach().exp().sqrt()
+        for z in model(x)[0]
+        for log_p in (functional.logsigmoid(-z), functional.logsigmoid(z))
+    ]
+
+
 def objectives_gaussian(model, x, *_):
     """Every output by itself: for unit variance the Fisher is Σ_c ∇z_c ∇z_cᵀ."""
     return list(model(x)[0])

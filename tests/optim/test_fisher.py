@@ -14,6 +14,7 @@ from .oracles import (
     fisher_block,
     half_squared_error,
     layer_rows,
+    objectives_bernoulli,
     objectives_categorical,
     objectives_gaussian,
     per_example_gradients,
@@ -22,8 +23,17 @@ from .oracles import (
 METHODS = ["KFAC", "EKFAC", "TKFAC", "TEKFAC"]
 DAMPING = 0.03
 EVERY_STEP = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
-OBJECTIVES = {"categorical": objectives_categorical, "gaussian": objectives_gaussian}
+OBJECTIVES = {
+    "categorical": objectives_categorical,
+    "bernoulli": objectives_bernoulli,
+    "gaussian": objectives_gaussian,
+}
 LIKELIHOODS = list(OBJECTIVES)
+PREDICTED = {
+    "categorical": lambda z: torch.softmax(z, 1),
+    "bernoulli": torch.sigmoid,
+    "gaussian": lambda z: z,
+}
 SHOWN = [
     "Linear",
     "Linear, positions",
@@ -66,7 +76,7 @@ def test_exact_is_the_sum_over_classes(name, likelihood, method):
     for layer in case.layers:
         module = pristine.get_submodule(layer)
         a, g = layer_rows(pristine, module, OBJECTIVES[likelihood], batch)
-        assert len(g) == CLASSES
+        assert len(g) == CLASSES * (2 if likelihood == "bernoulli" else 1)
         M = torch.randn(g.shape[-1], a.shape[-1], generator=torch.Generator().manual_seed(4))
         M = M.double()
         expected = getattr(reference, method).fit(a, g).precondition(M.numpy(), DAMPING)
@@ -122,9 +132,21 @@ def moments_of_one_draw(g, likelihood, probabilities):
     """Mean and variance of (g gᵀ)_op over the random label, for one example: two matrices.
 
     g (C, d): √p_c ∂(−log p_c), or the gradients of the outputs, which a normal draw ε combines:
-    (Σ_c ε_c g_c)_o is Gaussian, so its products have variance K_oo K_pp + K_op².
+    (Σ_c ε_c g_c)_o is Gaussian, so its products have variance K_oo K_pp + K_op². Of coins g has two
+    rows each, √p(y_c) ∂(−log p(y_c)) for y_c = 0 and 1; all 2^C labels are gone through.
     """
     K = g.T @ g
+    if likelihood == "bernoulli":
+        chance = np.stack([1 - probabilities, probabilities], 1)  # of y_c = 0 and 1: (C, 2)
+        own = g.reshape(*chance.shape, -1) / np.sqrt(chance)[..., None]
+        first, second = 0, 0
+        for label in np.ndindex(*len(own) * (2,)):
+            weight = np.prod([chance[c, y] for c, y in enumerate(label)])
+            score = sum(own[c, y] for c, y in enumerate(label))
+            first = first + weight * np.outer(score, score)
+            second = second + weight * np.outer(score, score) ** 2
+        np.testing.assert_allclose(first, K, atol=1e-12 * np.abs(K).max())
+        return K, second - K**2
     if likelihood == "gaussian":
         return K, np.outer(np.diag(K), np.diag(K)) + K**2
     own = g / np.sqrt(probabilities)[:, None]
@@ -138,7 +160,7 @@ def test_many_draws_average_to_exact(likelihood, module_index):
     G, g = estimated_blocks(likelihood, module_index, seed=11)
     model = mlp()
     x = torch.randn(DRAWS_OF, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
-    p = torch.softmax(model(x), 1).detach().numpy()
+    p = PREDICTED[likelihood](model(x)).detach().numpy()
     moments = [moments_of_one_draw(g[:, n], likelihood, p[n]) for n in range(DRAWS_OF)]
     mean = np.mean([mean for mean, _ in moments], axis=0)
     error = np.sqrt(np.sum([variance for _, variance in moments], axis=0) / COPIES) / DRAWS_OF

@@ -112,7 +112,7 @@ def test_statistics_that_are_not_finite_are_named_and_left_out(method, fisher, s
     assert all_finite(model, optimizer)
 
 
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian"])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli", "gaussian"])
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
 @every_method
 def test_a_nan_in_the_batch_skips_the_step_under_every_fisher(method, fisher, likelihood):
