@@ -1,7 +1,8 @@
 """From records to tables and figures: epochs and seconds to given losses, and where it all ended.
 
     runs, trials = read_races(["benchmarks/records/cifar10_mini.json"])
-    print(targets_table(runs, (1.2, 1.0)));  print(final_table(runs));  loss_figure(runs)
+    print(targets_table(runs, (1.2, 1.0)), final_table(runs), sep="\n\n")
+    loss_figure(runs)
 
 All runs handed in belong to one race: they differ in optimizer, its settings and seed alone.
 """
@@ -61,29 +62,29 @@ def reached(run, target):
     return None
 
 
-def targets_table(runs, targets, clock="seconds"):
-    """Epochs, and seconds in training, to each training loss: mean ± s.d. over the seeds.
+def targets_table(runs, targets, unit="epochs"):
+    """How long to each training loss, in epochs or a clock's seconds: mean ± s.d. over the seeds.
 
     A cell says "2 of 3" where that many seeds got there at all.
     """
-    one_of("clock", clock, CLOCKS)
+    one_of("unit", unit, ("epochs", *CLOCKS))
     rows = []
     for name, mine in by_optimizer(runs).items():
-        epochs, seconds = [], []
+        row = [NAMES[name]]
         for target in targets:
             arrived = [(run, reached(run, target)) for run in mine]
-            arrived = [(run, epoch) for run, epoch in arrived if epoch]
-            if len(arrived) < len(mine):
-                missing = f"{len(arrived)} of {len(mine)}" if arrived else "–"
-                epochs.append(missing)
-                seconds.append(missing)
-                continue
-            epochs.append(spread([epoch for _, epoch in arrived], 1))
-            seconds.append(spread([run["epochs"][e - 1][clock] for run, e in arrived], 0))
-        rows.append([NAMES[name], *epochs, *seconds])
-    headers = ["training loss ≤", *(f"{t:g}" for t in targets), *(f"{t:g} " for t in targets)]
-    halves = ["", "epochs", *[""] * (len(targets) - 1), CLOCKS[clock], *[""] * (len(targets) - 1)]
-    return _table([halves, *rows], headers)
+            took = [
+                epoch if unit == "epochs" else run["epochs"][epoch - 1][unit]
+                for run, epoch in arrived
+                if epoch
+            ]
+            everyone = len(took) == len(mine)
+            digits = 1 if unit == "epochs" else 0
+            some = f"{len(took)} of {len(mine)}" if took else "–"
+            row.append(spread(took, digits) if everyone else some)
+        rows.append(row)
+    words = "epochs" if unit == "epochs" else CLOCKS[unit]
+    return _table(rows, [f"{words} to", *(f"{target:g}" for target in targets)])
 
 
 def final_table(runs, clock="seconds"):
@@ -219,6 +220,7 @@ def write_report(runs, trials, targets, into, clock="seconds"):
     parts = [
         f"{c['model']} on {c['dataset']}, {runs[0]['train_images']} training images, "
         f"{runs[0]['parameters']} parameters, {c['epochs']} epochs\n{stamp(runs)}",
+        f"Until the training loss is at most\n{targets_table(runs, targets)}",
         targets_table(runs, targets, clock),
         final_table(runs, clock),
         *([f"Tuning, on a held-out tenth:\n{trials_table(trials)}"] if trials else []),
