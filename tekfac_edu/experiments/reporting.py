@@ -181,9 +181,8 @@ def loss_figure(runs, clock="seconds", height=3.1):
     one_of("clock", clock, CLOCKS)
     fig, (left, right) = subplots(1, 2, height=height, sharey=True)
     for name, mine in by_optimizer(runs).items():
-        epochs, losses = _curves(mine, "train_loss")
+        epochs, losses, times = _curves(mine, "train_loss", clock)
         _draw(left, epochs, losses, name)
-        _, times = _curves(mine, clock)
         _draw(right, [statistics.mean(time) for time in zip(*times, strict=True)], losses, name)
     left.set(yscale="log", xlabel="epoch", ylabel="training loss")
     right.set(xscale="log", xlabel=f"{CLOCKS[clock]} in training")
@@ -243,16 +242,15 @@ def targets_of(runs, count=4):
     return tuple(float(f"{target:.1g}") for target in between)
 
 
-def _curves(mine, what):
-    """Epochs, and one list of values a seed, as long as the shortest run; inf for None."""
-    length = min(len(run["epochs"]) for run in mine)
-    values = [[math.inf if e[what] is None else e[what] for e in r["epochs"]] for r in mine]
-    finite = min([length, *(_before_inf(v) for v in values)])
-    return list(range(1, finite + 1)), [v[:finite] for v in values]
-
-
-def _before_inf(values):
-    return next((i for i, v in enumerate(values) if math.isinf(v)), len(values))
+def _curves(mine, *names):
+    """Epochs, and per name one list of values a seed, up to the last epoch all have finite."""
+    whole = 0
+    for epochs in zip(*(run["epochs"] for run in mine), strict=False):
+        if any(epoch[name] is None for epoch in epochs for name in names):
+            break
+        whole += 1
+    values = [[[e[name] for e in run["epochs"][:whole]] for run in mine] for name in names]
+    return list(range(1, whole + 1)), *values
 
 
 def _draw(ax, x, runs, name):

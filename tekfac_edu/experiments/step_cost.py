@@ -33,7 +33,8 @@ def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, interval
     Returns
     -------
     dict: circumstances, configuration, and {optimizer: mean, median, worst step in seconds, all of
-    them relative to SGD's mean, state_bytes, parameter_bytes, peak_bytes (CUDA only)}.
+    them relative to SGD's mean, state_bytes, parameter_bytes, peak_bytes (CUDA only: weights,
+    gradients and state, and what a step allocates beside them)}.
     """
     whole_number("intervals", intervals, 1)
     device = torch.device(device)
@@ -42,35 +43,33 @@ def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, interval
     contestants = {name: _Contestant(configuration, name, images, device) for name in names}
     x, y = _batch(configuration, images, device)
     times = {name: [] for name in names}
-    peaks = dict.fromkeys(names)
+    extra = dict.fromkeys(names, 0)
     for _ in range(configuration.interval):
         for step in contestants.values():
             step(x, y)
     for turn in range(intervals * configuration.interval):
         order = names if turn % 2 == 0 else names[::-1]
         for name in order:
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            _wait(device)
+            before = _allocated(device, reset=True)
             start = time.perf_counter()
             contestants[name](x, y)
             _wait(device)
             times[name].append(time.perf_counter() - start)
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(device)
-                peaks[name] = max(peaks[name] or 0, peak)
+            extra[name] = max(extra[name], _allocated(device) - before)
     base = statistics.mean(times["sgd"])
     measured = {}
     for name, step in contestants.items():
+        state = _bytes(step.optimizer.state_dict())
+        weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
         measured[name] = {
             "mean": statistics.mean(times[name]),
             "median": statistics.median(times[name]),
             "worst": max(times[name]),
             "mean_ratio": statistics.mean(times[name]) / base,
             "worst_ratio": max(times[name]) / base,
-            "state_bytes": _bytes(step.optimizer.state_dict()),
-            "parameter_bytes": sum(p.numel() * p.element_size() for p in step.model.parameters()),
-            "peak_bytes": peaks[name],
+            "state_bytes": state,
+            "parameter_bytes": weights,
+            "peak_bytes": extra[name] + 2 * weights + state if device.type == "cuda" else None,
         }
     return {
         "format": FORMAT,
@@ -94,7 +93,7 @@ def steps_table(measured):
         ]
         for name, cost in measured["steps"].items()
     ]
-    peak = [] if measured["steps"]["sgd"]["peak_bytes"] is None else ["peak MiB, all loaded"]
+    peak = [] if measured["steps"]["sgd"]["peak_bytes"] is None else ["peak MiB"]
     headers = ["", "ms a step", "ratio to SGD", "worst step", "state / parameters", *peak]
     return tabulate(rows, headers, disable_numparse=True)
 
@@ -131,6 +130,17 @@ def _batch(configuration, images, device):
 def _wait(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _allocated(device, reset=False):
+    """The most bytes in use since the last reset, or, at a reset, those now; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0
+    _wait(device)
+    if reset:
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device)
 
 
 def _bytes(state):

@@ -1,0 +1,162 @@
+"""Everything that needs a GPU, in one command, into one record.
+
+    python benchmarks/gpu_checklist.py                              (hours: the races)
+    python benchmarks/gpu_checklist.py --parts tests steps profile  (minutes)
+
+1. tests     the tests marked gpu: CUDA agrees with the NumPy reference
+2. steps     time and memory of a step of every optimizer, ResNet20 and VGG16, batch 128
+3. races     CIFAR-10, ResNet20 and then VGG16, every optimizer, several seeds
+4. profile   where the time of a TEKFAC step goes
+
+The record is records/gpu_checklist.json, written after every part: device, versions, commit,
+command and results. The races are in records/cifar10_resnet20.json and cifar10_vgg16.json, one file
+each, for the final chapter; a race that was stopped continues with the same command.
+"""
+
+import datetime
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+from xml.etree import ElementTree
+
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent))
+from step_profile import profile_step
+
+from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from tekfac_edu.experiments.presets import PRESETS
+from tekfac_edu.experiments.racing import race
+from tekfac_edu.experiments.records import (
+    FORMAT,
+    circumstances,
+    read_races,
+    write_json,
+    write_race,
+)
+from tekfac_edu.experiments.step_cost import blank_images, measure_steps, steps_table
+from tekfac_edu.experiments.tuning import tune
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("tests", "steps", "races", "profile")
+Model = Literal["resnet20", "vgg16"]
+
+
+def main(
+    parts: tuple[Literal[PARTS], ...] = PARTS,
+    device: Literal["cuda", "cpu"] = "cuda",
+    models: tuple[Model, ...] = ("resnet20", "vgg16"),
+    width: int | None = None,
+    batch_size: int = 128,
+    intervals: tuple[int, ...] = (10, 50),
+    optimizers: tuple[Literal[OPTIMIZERS], ...] = OPTIMIZERS,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    trials: int = 12,
+    epochs: int | None = None,
+    data_folder: Path | None = None,
+    runs: Path = Path("runs"),
+    records: Path = ROOT / "benchmarks" / "records",
+):
+    """Run parts of the checklist.
+
+    Args:
+        parts: which, in this order.
+        device: cpu is for trying the script out.
+        models: of parts 2 to 4.
+        width: channels of the first stage; default: the networks as published.
+        batch_size: of parts 2 and 4.
+        intervals: steps between refreshes, of parts 2 and 4.
+        optimizers: of parts 2 and 3.
+        seeds: of the races.
+        trials: of the tuning before each race, per optimizer; 0: the preset's settings.
+        epochs: of the races; default: the preset's.
+        data_folder: Parquet files of CIFAR-10; default: download once.
+        runs: where races keep their checkpoints.
+        records: where the records go.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        sys.exit("torch sees no GPU here; --device cpu tries the script out")
+    records.mkdir(parents=True, exist_ok=True)
+    path = records / "gpu_checklist.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    record |= {"format": FORMAT, **circumstances(device), "command": command()}
+    record["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+
+    def network(model, interval):
+        return Configuration(model=model, width=width, batch_size=batch_size, interval=interval)
+
+    images = blank_images((3, 32, 32))
+    for part in parts:
+        start = time.perf_counter()
+        if part == "tests":
+            record["tests"] = run_gpu_tests()
+            print(f"tests marked gpu: {record['tests']}")
+        elif part == "steps":
+            record["steps"] = [
+                measure_steps(network(model, interval), images, device, optimizers)
+                for model in models
+                for interval in intervals
+            ]
+            for measured in record["steps"]:
+                c = measured["configuration"]
+                print(f"\n{c['model']}, interval {c['interval']}\n{steps_table(measured)}")
+        elif part == "races":
+            record["races"] = {}
+            for model in models:
+                preset = PRESETS[f"cifar10-{model}"]
+                base = preset.base.replace(width=width, epochs=epochs or preset.base.epochs)
+                preset = replace(preset, base=base)
+                folder = runs / f"cifar10-{model}"
+                how = {"data_folder": data_folder and str(data_folder), "device": device}
+                if trials:
+                    tune(preset, folder, optimizers, trials, **how)
+                race(preset, folder, optimizers, seeds, **how)
+                saved = records / f"cifar10_{model}.json"
+                write_race(saved, *read_races([folder]))
+                record["races"][model] = saved.name
+        elif part == "profile":
+            record["profile"] = [
+                profile_step(network(model, interval), device)
+                for model in models
+                for interval in intervals
+            ]
+        record.setdefault("seconds", {})[part] = round(time.perf_counter() - start, 1)
+        write_json(path, record)
+        print(f"{part}: {record['seconds'][part]} s; {path}", flush=True)
+
+
+def run_gpu_tests():
+    """Counts of the tests marked gpu, and the names of those that failed."""
+    report = ROOT / ".pytest_cache" / "gpu.xml"
+    arguments = ["-q", "-m", "gpu", f"--junitxml={report}", "-p", "no:nbval", "tests"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT)
+    suite = ElementTree.parse(report).getroot().find("testsuite")
+    names = ("tests", "failures", "errors", "skipped")
+    counts = {name: int(suite.get(name)) for name in names}
+    failed = [
+        f"{case.get('classname')}::{case.get('name')}"
+        for case in suite.iter("testcase")
+        if case.find("failure") is not None or case.find("error") is not None
+    ]
+    return (
+        counts
+        | {"passed": counts["tests"] - sum(counts[n] for n in names[1:])}
+        | {
+            "failed": failed,
+            "exit_status": done.returncode,
+        }
+    )
+
+
+def command():
+    """As it was given."""
+    return " ".join(["python", "benchmarks/gpu_checklist.py", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
