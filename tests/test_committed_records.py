@@ -47,7 +47,7 @@ RACES = [path for path in RECORDS if "trials" in read(path)]
 
 @pytest.mark.parametrize("path", RACES, ids=lambda path: path.stem)
 def test_a_race_is_whole(path):
-    """Every optimizer with every seed, whole configurations, every epoch; equal numbers of trials."""
+    """Every optimizer with every seed, every epoch; equal numbers of trials."""
     record = read(path)
     runs, trials = record["runs"], record["trials"]
     raced = {(r["configuration"]["optimizer"], r["configuration"]["seed"]) for r in runs}
