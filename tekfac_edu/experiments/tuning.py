@@ -1,12 +1,15 @@
 """The same search for every optimizer: a compass search on the logarithms of its settings.
 
 From the start, try both neighbours of the best point in every coordinate, half a decade away for
-the learning rate, a decade for damping and weight decay; move to whatever is better; when all
-neighbours are worse, halve the steps. It ends after a number of trials that is the same for all,
-and knows no edge of a grid (Kolda, Lewis, Torczon, SIAM Review 45 (2003), section 1.2). A trial is
-a run, shorter than those of the race, that trains with nine tenths of the training images and is
-judged by the loss on the others. Ties go to the earlier trial. Trials have one seed, that of no run
-in the race.
+the learning rate, a decade for damping and weight decay, and move to whatever is better. When all
+neighbours are worse, look at half that distance, a quarter, an eighth; then farther away, at twice
+the first distance, three times, and so on, from wherever the best point is. It ends after a number
+of trials that is the same for all, and knows no edge of a grid (Kolda, Lewis, Torczon, SIAM Review
+45 (2003), section 1.2, has the search for the minimum; to look farther with what is left is ours).
+
+A trial is a run, shorter than those of the race, that trains with nine tenths of the training
+images and is judged by the loss on the others. Ties go to the earlier trial. Trials have one seed,
+that of no run in the race.
 """
 
 import math
@@ -20,6 +23,7 @@ from tekfac_edu.experiments.training import train
 TRIALS = 12
 TUNING_SEED = 1000
 STEPS = {"lr": 0.5, "damping": 1.0, "weight_decay": 1.0}  # decades
+NEARER = (1.0, 0.5, 0.25, 0.125)  # distances in these steps; then 2, 3, ...
 
 
 def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, **how):
@@ -84,7 +88,6 @@ def compass_search(judged, start, coordinates, trials):
     (point, loss, closed) : the best point, and whether all its neighbours at the first distance
         have been tried, too.
     """
-    steps = {name: STEPS[name] for name in coordinates}
     seen = {}
 
     def try_once(point):
@@ -93,29 +96,31 @@ def compass_search(judged, start, coordinates, trials):
             seen[key] = judged(dict(point))
         return seen.get(key, math.inf)
 
-    best, loss, closed = dict(start), try_once(start), False
+    def better_neighbour(distance):
+        for neighbour in _neighbours(best, coordinates, distance):
+            found = try_once(neighbour)
+            if found < loss:
+                return neighbour, found
+        return None
+
+    best, loss = dict(start), try_once(start)
+    turn = 0
     while len(seen) < trials:
-        moved = False
-        for name in coordinates:
-            for direction in (1, -1):
-                neighbour = best | {name: _rounded(best[name] * 10 ** (direction * steps[name]))}
-                found = try_once(neighbour)
-                if found < loss:
-                    best, loss, moved = neighbour, found, True
-                    break
-        if moved:
-            closed = False
-        elif all(_tried(seen, best, name, steps[name]) for name in coordinates):
-            closed = True
-            steps = {name: step / 2 for name, step in steps.items()}
+        distance = NEARER[turn] if turn < len(NEARER) else 2.0 + turn - len(NEARER)
+        if (moved := better_neighbour(distance)) is None:
+            turn += 1
+        else:
+            best, loss = moved
+            turn = turn if turn < len(NEARER) else 0
+    closed = all(tuple(point.items()) in seen for point in _neighbours(best, coordinates, 1.0))
     return best, loss, closed
 
 
-def _tried(seen, best, name, step):
-    return all(
-        tuple((best | {name: _rounded(best[name] * 10 ** (d * step))}).items()) in seen
-        for d in (1, -1)
-    )
+def _neighbours(point, coordinates, distance):
+    for name in coordinates:
+        for direction in (1, -1):
+            decades = direction * distance * STEPS[name]
+            yield point | {name: _rounded(point[name] * 10**decades)}
 
 
 def _rounded(value):
