@@ -54,7 +54,7 @@ PRESETS = {
     "mnist-5k-autoencoder": Preset(
         "the 8-layer auto-encoder on 4,000 MNIST digits",
         Configuration(
-            "autoencoder", "mnist-5k", epochs=15, interval=20, warmup_steps=10, fisher="mc"
+            "autoencoder", "mnist-5k", epochs=10, interval=20, warmup_steps=10, fisher="mc"
         ),
         _starts(0.003, 0.001, 0.01, 0.1),
         (200.0, 150.0, 130.0, 120.0),
@@ -62,7 +62,7 @@ PRESETS = {
     ),
     "cifar10-mini": Preset(
         "ResNet20 of half width on 5,000 CIFAR-10 images (give them as --data-folder)",
-        _images("resnet20", "cifar10", 12, width=8, interval=20, warmup_steps=10),
+        _images("resnet20", "cifar10", 8, width=8, interval=20, warmup_steps=10),
         _starts(0.1, 0.01, 0.1, 1e-2),
         (1.6, 1.4, 1.2, 1.1, 1.0),
         4,

@@ -37,7 +37,8 @@ from tekfac_edu.experiments.processes import processes
 from tekfac_edu.experiments.records import FORMAT, circumstances, read_record, write_json
 from tekfac_edu.experiments.tasks import evaluate, task_of
 
-CHECKPOINT_SECONDS = 60  # within an epoch; at the end of one always
+CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch
+CHEAP_SECONDS, CHEAP_SHARE = 1.0, 0.05  # one at an epoch's end if it takes so little, or so rarely
 
 
 class Interrupted(Exception):
@@ -136,6 +137,7 @@ class Run:
         self.optimizer = build_optimizer(configuration, self.trained)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.position = Position()
+        self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
         if here.first:
             check_room(folder, 3 * expected_bytes(self.model, self.optimizer))
         here.wait()
@@ -165,7 +167,8 @@ class Run:
                 self._epoch(interruption, shown)
                 if position.batch == 0:
                     self._tell(shown)
-                self.save()
+                if interruption.asked or position.batch > 0 or self._cheap_to_save():
+                    self.save()
                 if interruption.asked and position.epoch < epochs:
                     raise Interrupted(
                         f"stopped after step {self.step} and saved in {self.folder}; "
@@ -248,8 +251,15 @@ class Run:
             math.isfinite(self.position.epochs[-1][name]) for name in ("train_loss", "test_loss")
         )
 
+    def _cheap_to_save(self):
+        """The checkpoint of a wide network can take as long as an epoch on a fast GPU."""
+        passed = time.perf_counter() - self.saved_at
+        cheap = self.saving_seconds < max(CHEAP_SECONDS, CHEAP_SHARE * passed)
+        return self.here.agree(cheap)
+
     def save(self):
         """A checkpoint of everything that a continuation needs."""
+        start = time.perf_counter()
         if self.here.first:
             state = {
                 "configuration": self.configuration.as_dict(),
@@ -259,6 +269,8 @@ class Run:
                 "position": asdict(self.position),
             }
             save_checkpoint(self.folder, self.step, state)
+        self.saved_at = time.perf_counter()
+        self.saving_seconds = self.saved_at - start
 
     def _take_up(self, state):
         if state is None:

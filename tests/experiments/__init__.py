@@ -17,7 +17,7 @@ from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
 from tekfac_edu.experiments.presets import Preset
 from tekfac_edu.experiments.training import train
 
-PRELOAD = ["sklearn.model_selection", "tekfac_edu.experiments.command_line"]
+PRELOAD = ["sklearn.datasets", "tekfac_edu.experiments.training", "torch._dynamo", "tyro"]
 STEPS = 5  # in an epoch
 TINY = Configuration("mlp", "digits", widths=(8,), epochs=2, batch_size=256, interval=2)
 RATES = dict(zip(OPTIMIZERS, (0.3, 0.01, 0.3, 0.3, 0.3, 0.3), strict=True))
