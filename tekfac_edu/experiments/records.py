@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -111,6 +112,7 @@ def _processor():
     return platform.processor() or platform.machine()
 
 
+@lru_cache  # what is imported stays, whatever happens to the files
 def _commit():
     """Of the source this package was imported from, "+" if it has changed; None outside git."""
     folder = Path(tekfac_edu.__file__).parent
