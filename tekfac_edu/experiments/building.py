@@ -30,7 +30,8 @@ def build_model(configuration, images):
     channels, *sides = images.x_train.shape[1:]
     classes, pixels = len(images.classes), channels * math.prod(sides)
     if configuration.model in HIDDEN:
-        hidden = configuration.widths or HIDDEN[configuration.model]
+        hidden = configuration.widths
+        hidden = HIDDEN[configuration.model] if hidden is None else hidden
         if configuration.model == "mlp":
             return models.mlp((pixels, *hidden, classes))
         return models.autoencoder((pixels, *hidden))

@@ -40,8 +40,10 @@ def save_checkpoint(folder, step, state):
             f"the checkpoint after step {step} could not be written to {folder} ({error}); "
             "earlier ones are untouched: make room, and give the same command to continue"
         ) from error
-    for old in checkpoints(folder)[:-2]:
-        old.unlink()
+    kept = [path for path in checkpoints(folder) if path <= final][-2:]
+    for path in folder.glob(PATTERN + "*"):  # older ones, damaged later ones, unfinished ones
+        if path not in kept:
+            path.unlink()
 
 
 def load_checkpoint(folder, device="cpu"):
@@ -83,8 +85,8 @@ def checkpoints(folder):
 
 def remove_checkpoints(folder):
     """A finished run needs none: its record stays."""
-    for path in [*checkpoints(folder), *Path(folder).glob(PATTERN + UNFINISHED)]:
-        path.unlink()
+    for path in Path(folder).glob(PATTERN + "*"):
+        path.unlink(missing_ok=True)
 
 
 def check_room(folder, needed):

@@ -1,5 +1,6 @@
 """tekfac-edu train | tune | compare | report | bench: generated from typed functions by tyro."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,12 +35,13 @@ def train(
         device: default: a GPU if there is one.
         tensorboard: write scalars for TensorBoard into the folder.
     """
+    from tekfac_edu.experiments.processes import is_first
     from tekfac_edu.experiments.training import train
 
     c = configuration
     folder = folder or Path("runs") / f"{c.model}-{c.dataset}" / c.name
     record = train(c, folder, _path(data_folder), device, tensorboard)
-    if _writes() and record["epochs"]:
+    if is_first() and record["epochs"]:
         last = record["epochs"][-1]
         print(
             f"{record['status']}: training loss {last['train_loss']}, test {record['score']} "
@@ -171,9 +173,21 @@ def main():
     commands = {"train": train, "tune": tune, "compare": compare, "report": report}
     commands |= {"bench": bench}
     try:
-        tyro.extras.subcommand_cli_from_dict(commands, prog="tekfac-edu", description=__doc__)
+        try:
+            tyro.extras.subcommand_cli_from_dict(commands, prog="tekfac-edu", description=__doc__)
+        finally:
+            sys.stdout.flush()
     except Interrupted as stopped:
         sys.exit(f"tekfac-edu: {stopped}")
+    except KeyboardInterrupt:
+        print(
+            "tekfac-edu: stopped at once; the same command continues from what was saved before",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has gone, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"tekfac-edu: {error}")
 
@@ -186,15 +200,10 @@ def _path(folder):
     return None if folder is None else str(folder)
 
 
-def _writes():
-    """Whether this is the only process, or the first."""
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say(text):
-    if _writes():
+    from tekfac_edu.experiments.processes import is_first
+
+    if is_first():
         print(text, flush=True)
 
 

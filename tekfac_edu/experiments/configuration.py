@@ -67,17 +67,26 @@ class Configuration:
             choices = getattr(field.type, "__args__", ())
             if getattr(field.type, "__origin__", None) is Literal:
                 one_of(field.name, getattr(self, field.name), choices)
-        real_number("lr", self.lr, above=0)
-        real_number("damping", self.damping, above=0)
-        real_number("weight_decay", self.weight_decay, at_least=0)
-        real_number("momentum", self.momentum, at_least=0, below=1)
+        # NumPy's numbers become Python's: JSON and torch's safe loading know no others
+        checked = {
+            "lr": real_number("lr", self.lr, above=0),
+            "damping": real_number("damping", self.damping, above=0),
+            "weight_decay": real_number("weight_decay", self.weight_decay, at_least=0),
+            "momentum": real_number("momentum", self.momentum, at_least=0, below=1),
+        }
+        for name in ("factor_decay", "scale_decay"):
+            checked[name] = real_number(name, getattr(self, name), at_least=0, at_most=1)
         for name in ("epochs", "batch_size", "interval"):
-            whole_number(name, getattr(self, name), 1)
+            checked[name] = whole_number(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
-            whole_number(name, getattr(self, name), 0)
+            checked[name] = whole_number(name, getattr(self, name), 0)
         for name in ("width", "train_images", "test_images"):
             if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 1)
+                checked[name] = whole_number(name, getattr(self, name), 1)
+        if self.widths is not None:
+            checked["widths"] = tuple(whole_number("widths", width, 1) for width in self.widths)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         dense = self.model in ("mlp", "autoencoder")
         if dense and self.width is not None:
             raise ValueError(f"width is for resnet20 and vgg16; for {self.model} give widths")

@@ -45,6 +45,11 @@ class Here:
             distributed.barrier()
 
 
+def is_first():
+    """Whether this is the only process, or the first, also before they have joined."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def processes(device=None):
     """Join the group that torchrun's environment describes, for as long as the block lasts.

@@ -5,13 +5,19 @@ from pathlib import Path
 
 from tekfac_edu.arguments import one_of
 from tekfac_edu.experiments.configuration import OPTIMIZERS
+from tekfac_edu.experiments.processes import processes
 from tekfac_edu.experiments.training import train
+
+
+def tuned_in(folder):
+    """{optimizer: settings}: what `tune` has left in the folder of a race, if anything."""
+    path = Path(folder) / "tuned.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def settings_of(preset, folder):
     """{optimizer: settings}: what was tuned in this folder, elsewhere where the preset starts."""
-    tuned = Path(folder) / "tuned.json"
-    return preset.starts | (json.loads(tuned.read_text()) if tuned.exists() else {})
+    return preset.starts | tuned_in(folder)
 
 
 def race(preset, folder, optimizers=OPTIMIZERS, seeds=(0, 1, 2), **how):
@@ -29,11 +35,14 @@ def race(preset, folder, optimizers=OPTIMIZERS, seeds=(0, 1, 2), **how):
     """
     settings = settings_of(preset, folder)
     records = []
-    for seed in seeds:
-        for optimizer in optimizers:
-            one_of("optimizer", optimizer, OPTIMIZERS)
-            configuration = preset.base.replace(
-                **settings[optimizer], optimizer=optimizer, seed=seed
-            )
-            records.append(train(configuration, Path(folder) / "runs" / configuration.name, **how))
+    with processes(how.get("device")):  # once for all runs: torchrun's cannot meet twice
+        for seed in seeds:
+            for optimizer in optimizers:
+                one_of("optimizer", optimizer, OPTIMIZERS)
+                configuration = preset.base.replace(
+                    **settings[optimizer], optimizer=optimizer, seed=seed
+                )
+                records.append(
+                    train(configuration, Path(folder) / "runs" / configuration.name, **how)
+                )
     return records

@@ -37,20 +37,26 @@ def circumstances(device):
             "python": platform.python_version(),
         },
         "commit": _commit(),
-        "command": shlex.join(["tekfac-edu", *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
     }
 
 
 def write_json(path, content):
-    """Whole or not at all."""
+    """Whole or not at all; OSError that names the file if it cannot be written."""
     path = Path(path)
     partial = path.with_name(path.name + ".unfinished")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(
+            f"{path} could not be written ({error}): make room, and give the same command again"
+        ) from error
 
 
 def read_record(path):
@@ -110,6 +116,12 @@ def _processor():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _program():
+    """tekfac-edu, also where torchrun or python -m began it; else what the user's script is."""
+    ours = Path(sys.argv[0]).stem in ("tekfac-edu", "command_line")
+    return "tekfac-edu" if ours else sys.argv[0]
 
 
 @lru_cache  # what is imported stays, whatever happens to the files

@@ -51,7 +51,8 @@ class Position:
 
     Attributes
     ----------
-    epoch, batch : the next batch, both from 0.   loss : sum over this epoch's batches so far.
+    epoch, batch : the next batch, both from 0.   loss : sum over this epoch's batches so far, of
+        the mean over all processes.
     seconds, cpu_seconds : in training steps alone, since the run's beginning.
     epochs : what each finished epoch left.   continued : how often the run was taken up again.
     """
@@ -95,11 +96,13 @@ def train(configuration, folder, data_folder=None, device=None, tensorboard=Fals
     if finished.exists():
         record = read_record(finished)
         _refuse_other(configuration.as_dict(), record["configuration"], folder)
+        remove_checkpoints(folder)  # if it was killed just before
         return record
-    with processes(device) as here, Interruption() as interruption:
+    with processes(device) as here:
         run = Run(configuration, folder, data_folder, here, tensorboard)
         try:
-            run.to_the_end(interruption, bar)
+            with Interruption() as interruption:
+                run.to_the_end(interruption, bar)
             record = run.record()
             if here.first:
                 write_json(finished, record)
@@ -142,11 +145,12 @@ class Run:
             check_room(folder, 3 * expected_bytes(self.model, self.optimizer))
         here.wait()
         self._take_up(load_checkpoint(folder, here.device))
+        here.wait()  # a run that only lacks its record removes the checkpoints next
         self.scalars = None
         if tensorboard and here.first:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.scalars = SummaryWriter(folder, purge_step=self.position.epoch)
+            self.scalars = SummaryWriter(folder, purge_step=self.position.epoch + 1)
 
     def _factor(self, step):
         c = self.configuration
@@ -167,9 +171,10 @@ class Run:
                 self._epoch(interruption, shown)
                 if position.batch == 0:
                     self._tell(shown)
-                if interruption.asked or position.batch > 0 or self._cheap_to_save():
+                asked = self.here.agree(interruption.asked)
+                if asked or position.batch > 0 or self._cheap_to_save():
                     self.save()
-                if interruption.asked and position.epoch < epochs:
+                if asked and position.epoch < epochs:
                     raise Interrupted(
                         f"stopped after step {self.step} and saved in {self.folder}; "
                         "the same command continues"
@@ -190,8 +195,7 @@ class Run:
             late = time.perf_counter() - saved > CHECKPOINT_SECONDS
             if here.agree(interruption.asked or late):
                 break
-        interruption.asked = here.agree(interruption.asked)
-        position.loss = loss.item()
+        position.loss = here.mean(loss.item())
         here.wait()
         position.seconds += time.perf_counter() - start
         position.cpu_seconds += time.process_time() - cpu
@@ -218,7 +222,7 @@ class Run:
         test_loss, test_score = evaluate(self.task, self.model, self.images, self.unit)
         position.epochs.append(
             {
-                "train_loss": self.here.mean(position.loss / len(self.batches)),
+                "train_loss": position.loss / len(self.batches),
                 "test_loss": test_loss,
                 "test_score": test_score,
                 "lr": self.schedule.get_last_lr()[0],
@@ -238,6 +242,7 @@ class Run:
         if self.scalars is not None:
             for name in ("train_loss", "test_loss", "test_score", "lr", "seconds"):
                 self.scalars.add_scalar(name, last[name], self.position.epoch)
+            self.scalars.flush()
 
     @property
     def step(self):

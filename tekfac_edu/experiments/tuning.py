@@ -17,6 +17,8 @@ from pathlib import Path
 
 from tekfac_edu.arguments import whole_number
 from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS
+from tekfac_edu.experiments.processes import is_first, processes
+from tekfac_edu.experiments.racing import tuned_in
 from tekfac_edu.experiments.records import write_json
 from tekfac_edu.experiments.training import train
 
@@ -28,6 +30,8 @@ NEARER = (1.0, 0.5, 0.25, 0.125)  # distances in these steps; then 2, 3, ...
 
 def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, **how):
     """Search the settings of each optimizer; writes `tuned.json`, {optimizer: settings}.
+
+    Settings of other optimizers, tuned there before, stay in it.
 
     Parameters
     ----------
@@ -47,30 +51,36 @@ def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, *
     """
     whole_number("trials", trials, 1)
     tuned = {}
-    for optimizer in optimizers:
+    with processes(how.get("device")):  # once for all trials: torchrun's cannot meet twice
+        for optimizer in optimizers:
 
-        def judged(settings, optimizer=optimizer):
-            configuration = preset.base.replace(
-                **settings,
-                optimizer=optimizer,
-                epochs=preset.tuning_epochs,
-                held_out=True,
-                seed=TUNING_SEED,
+            def judged(settings, optimizer=optimizer):
+                configuration = preset.base.replace(
+                    **settings,
+                    optimizer=optimizer,
+                    epochs=preset.tuning_epochs,
+                    held_out=True,
+                    seed=TUNING_SEED,
+                )
+                record = train(configuration, Path(folder) / "trials" / configuration.name, **how)
+                loss = record["epochs"][-1]["test_loss"] if record["status"] == "finished" else None
+                return math.inf if loss is None else loss
+
+            coordinates = ["lr"] + ["damping"] * (optimizer in KRONECKER)
+            coordinates += ["weight_decay"] * preset.weight_decay
+            best, loss, closed = compass_search(
+                judged, preset.starts[optimizer], coordinates, trials
             )
-            record = train(configuration, Path(folder) / "trials" / configuration.name, **how)
-            loss = record["epochs"][-1]["test_loss"] if record["status"] == "finished" else None
-            return math.inf if loss is None else loss
-
-        coordinates = ["lr"] + ["damping"] * (optimizer in KRONECKER)
-        coordinates += ["weight_decay"] * preset.weight_decay
-        best, loss, closed = compass_search(judged, preset.starts[optimizer], coordinates, trials)
-        if math.isinf(loss):
-            raise ValueError(f"all {trials} trials of {optimizer} diverged; start elsewhere")
-        tuned[optimizer] = best
-        chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
-        tried = "all its neighbours are worse" if closed else "not all its neighbours were tried"
-        progress(f"{optimizer}: {chosen}; held-out loss {loss:.4g}; {tried}")
-    write_json(Path(folder) / "tuned.json", tuned)
+            if math.isinf(loss):
+                raise ValueError(f"all {trials} trials of {optimizer} diverged; start elsewhere")
+            tuned[optimizer] = best
+            chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
+            tried = (
+                "all its neighbours are worse" if closed else "not all its neighbours were tried"
+            )
+            progress(f"{optimizer}: {chosen}; held-out loss {loss:.4g}; {tried}")
+    if is_first():
+        write_json(Path(folder) / "tuned.json", tuned_in(folder) | tuned)
     return tuned
 
 

@@ -31,12 +31,14 @@ WAY_HERE = {
 STOPS = WAY_HERE | {
     "damping": (1.92, 0.06, 5.15, 0.22, "damping, running averages, the step: for all four"),
 }
-# Below the rest, and drawn only in the chapters that have left the table.
+# Below the rest, in two rows, and drawn only in the chapters that have left the table.
 WAY_ON = {
-    "convolutions": (1.92, -0.30, 2.65, 0.24, "convolutions: one weight, many positions"),
-    "PyTorch": (4.89, -0.30, 2.18, 0.24, "from NumPy to PyTorch"),
+    "training": (1.92, -0.30, 2.18, 0.24, "training small networks fairly"),
+    "convolutions": (4.42, -0.30, 2.65, 0.24, "convolutions: one weight, many positions"),
+    "PyTorch": (1.92, -0.84, 2.18, 0.24, "from NumPy to PyTorch"),
+    "experiments": (4.42, -0.84, 2.65, 0.24, "full CNN experiments"),
 }
-WAY_ON_HEIGHT = 0.5
+WAY_ON_HEIGHT = 1.1
 
 
 def method_map(here=None):
@@ -48,11 +50,12 @@ def method_map(here=None):
     Parameters
     ----------
     here : None, or the place to mark with "you are here": "start", "exact", "kronecker", "KFAC",
-        "damping", "EKFAC", "TKFAC" or "TEKFAC"; on the way on, "convolutions" or "PyTorch".
+        "damping", "EKFAC", "TKFAC" or "TEKFAC"; on the way on, "training", "convolutions",
+        "PyTorch" or "experiments".
 
     Returns
     -------
-    Figure, 7.2 × 2.95 inches; with the way on 7.2 × 3.45 inches.
+    Figure, 7.2 × 2.95 inches; with the way on 7.2 × 4.05 inches.
 
     Raises
     ------
@@ -92,7 +95,7 @@ def _draw_stop(ax, stop, marked):
         color="white" if marked else SOFT,
     )
     if marked:
-        shift = 0.08 if stop in WAY_ON else 0.05  # the tag leaves a long text readable
+        shift = 0.14 if stop in WAY_ON else 0.05  # clear of a text that fills its box
         _you_are_here(
             ax, left + width, bottom - shift if stop != "damping" else bottom + height + 0.04
         )
@@ -155,12 +158,21 @@ def _arrows(ax):
 
 
 def _way(ax, name, stops):
-    """A row of stops: its name in front, arrows from each to the next."""
+    """Stops in rows: the name in front, arrows from each to the next and into a new row."""
     left, bottom, _, height, _ = next(iter(stops.values()))
-    middle = bottom + height / 2
     for stop, following in pairwise(stops.values()):
-        _arrow(ax, (stop[0] + stop[2] + 0.04, middle), (following[0] - 0.04, middle), SOFT)
-    ax.text(left - 0.12, middle, name, ha="right", va="center_baseline", size=8, color=SOFT)
+        end, middle = following[0] - 0.04, following[1] + height / 2
+        start = stop[0] + stop[2] + 0.04 if following[1] == stop[1] else end - 0.24
+        _arrow(ax, (start, middle), (end, middle), SOFT)
+    ax.text(
+        left - 0.12,
+        bottom + height / 2,
+        name,
+        ha="right",
+        va="center_baseline",
+        size=8,
+        color=SOFT,
+    )
 
 
 def _arrow(ax, start, end, color=INK):

@@ -1,0 +1,72 @@
+"""If this fails, whoever has a GPU for an hour loses it to a script that was never run."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A CIFAR-10 of 64 + 16 images of noise, as Parquet files."""
+    import datasets
+    from PIL import Image
+
+    folder, draw = tmp_path_factory.mktemp("cifar10"), np.random.default_rng(0)
+
+    def png():
+        file = io.BytesIO()
+        Image.fromarray(draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "png")
+        return {"bytes": file.getvalue(), "path": None}
+
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=list("abcdefghij"))}
+    for part, count in (("train", 64), ("test", 16)):
+        rows = {"img": [png() for _ in range(count)], "label": [i % 10 for i in range(count)]}
+        part_set = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+        part_set.to_parquet(folder / f"{part}-00000-of-00001.parquet")
+    return folder
+
+
+def run_script(folder, *arguments):
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_checklist.py"), "--device", "cpu"]
+    small = ["--models", "resnet20", "--width", "2", "--batch-size", "8", "--intervals", "2"]
+    where = ["--records", str(folder / "records"), "--runs", str(folder / "runs")]
+    return subprocess.run(
+        [*script, *small, *where, *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures):
+    first = run_script(tmp_path, "--parts", "steps", "profile", "--optimizers", "sgd", "tekfac")
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "records" / "gpu_checklist.json"
+    record = json.loads(path.read_text())
+    assert list(record["steps"][0]["steps"]) == ["sgd", "tekfac"]
+    assert record["steps"][0]["configuration"]["width"] == 2
+    assert len(record["profile"]) == 1 and set(record["seconds"]) == {"steps", "profile"}
+
+    shorter = ["--epochs", "1", "--seeds", "0", "1", "--trials", "1"]
+    data = ["--data-folder", str(pictures), "--optimizers", "sgd", "tekfac"]
+    # a batch of 128 is more than there are images: refused before anything is trained
+    second = run_script(tmp_path, "--parts", "races", *shorter, *data)
+    assert second.returncode != 0 and "batch of 128" in second.stderr
+
+
+def test_a_machine_without_a_gpu_is_told_so():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_checklist.py")]
+    refused = subprocess.run(script, capture_output=True, text=True, timeout=120)
+    assert refused.returncode != 0 and "no GPU here" in refused.stderr
