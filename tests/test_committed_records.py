@@ -11,7 +11,7 @@ from tekfac_edu.experiments.configuration import Configuration
 
 ROOT = Path(__file__).parents[1]
 RECORDS = sorted((ROOT / "benchmarks" / "records").glob("*.json"))
-MAX_BYTES = 400_000
+MAX_BYTES = 1_000_000
 
 
 def read(path):

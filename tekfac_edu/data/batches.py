@@ -27,6 +27,7 @@ class Batches:
     seed : of the order, the crops and the flips.
     rank, ranks : this process takes every ranks-th example of each batch, from rank on.
     unit : pixels from 0 to 1 rather than normalized, for auto-encoders.
+    mirror : whether augmenting flips at all: a digit in a mirror is no digit.
     """
 
     images: Images
@@ -36,6 +37,7 @@ class Batches:
     rank: int = 0
     ranks: int = 1
     unit: bool = False
+    mirror: bool = True
 
     def __post_init__(self):
         whole_number("batch size", self.size, 1)
@@ -73,7 +75,8 @@ class Batches:
             chosen = order[batch * self.size + self.rank : (batch + 1) * self.size : self.ranks]
             x = self.images.x_train[chosen]
             if self.augment:
-                x = flip(crop(x, *offsets[:, chosen]), flips[chosen])
+                x = crop(x, *offsets[:, chosen])
+                x = flip(x, flips[chosen]) if self.mirror else x
             x = self.images.unit(x) if self.unit else self.images.normalized(x)
             yield x, self.images.y_train[chosen]
 

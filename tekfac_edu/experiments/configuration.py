@@ -9,6 +9,7 @@ from tekfac_edu.arguments import one_of, real_number, whole_number
 MODELS = ("mlp", "autoencoder", "resnet20", "vgg16")
 OPTIMIZERS = ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
 KRONECKER = OPTIMIZERS[2:]
+DIGITS = ("digits", "mnist-5k", "mnist", "svhn")  # never mirrored
 SIDES = {"digits": 8, "mnist-5k": 28, "mnist": 28, "fashion-mnist": 28}  # the others: 32
 
 
@@ -37,7 +38,7 @@ class Configuration:
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     """cosine: down to 0; step: a tenth at a half and again at three quarters of the epochs."""
     augment: bool = False
-    """Random crops (margin 4) and flips."""
+    """Random crops (margin 4) and, except of digits, flips."""
     width: int | None = None
     """Channels of the first stage; None: 16 for resnet20, 64 for vgg16."""
     widths: tuple[int, ...] | None = None

@@ -32,6 +32,7 @@ from tekfac_edu.experiments.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
+from tekfac_edu.experiments.configuration import DIGITS
 from tekfac_edu.experiments.interruption import Interruption
 from tekfac_edu.experiments.processes import processes
 from tekfac_edu.experiments.records import FORMAT, circumstances, read_record, write_json
@@ -133,6 +134,7 @@ class Run:
             here.rank,
             here.ranks,
             self.unit,
+            mirror=configuration.dataset not in DIGITS,
         )
         self.model = build_model(configuration, self.images).to(here.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())

@@ -244,3 +244,21 @@ def test_a_batch_may_be_all_there_is():
 def test_an_epoch_has_no_batch_before_the_first():
     with pytest.raises(ValueError, match="start must be a whole number >= 0; got -1"):
         next(Batches(of(noise(24)), 6).epoch(0, start=-1))
+
+
+def test_digits_are_cropped_but_never_mirrored():
+    """One image, not symmetric: every version is a crop of it, none of its mirror image."""
+    images = of(noise(1).repeat(24, 1, 1, 1))
+    seen = [
+        next(Batches(images, 24, augment=True, mirror=mirror, unit=True).epoch(2))[0]
+        for mirror in (True, False)
+    ]
+    assert not torch.equal(*seen)
+    plain, offsets = seen[1], range(2 * 4 + 1)
+    crops = [
+        crop(images.unit(images.x_train[:1]), torch.tensor([top]), torch.tensor([left]))[0]
+        for top in offsets
+        for left in offsets
+    ]
+    assert all(any(torch.equal(picture, cut) for cut in crops) for picture in plain)
+    assert not all(any(torch.equal(picture, cut) for cut in crops) for picture in seen[0])
