@@ -3,8 +3,8 @@
 import errno
 import os
 import pickle
-import resource
 import shutil
+import signal
 import warnings
 
 import pytest
@@ -39,6 +39,22 @@ def test_what_is_saved_comes_back_and_the_last_two_are_kept(tmp_path):
     assert [path.name for path in paths] == ["checkpoint-00000003.pt", "checkpoint-00000004.pt"]
     assert same_bits(load_checkpoint(tmp_path), state(4))
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """The same file, renamed; then the folder."""
+    flushed = []
+
+    def fsync(number):
+        names = [path.name for path in tmp_path.iterdir()]
+        flushed.append((names, os.fstat(number).st_ino))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    save_checkpoint(tmp_path, 7, state(7))
+    (path,) = checkpoints.checkpoints(tmp_path)
+    assert flushed[0] == ([path.name + ".unfinished"], path.stat().st_ino)
+    if os.name == "posix":
+        assert flushed[1:] == [([path.name], tmp_path.stat().st_ino)]
 
 
 def test_steps_are_ordered_as_numbers(tmp_path):
@@ -120,16 +136,17 @@ def test_no_code_is_run_on_loading(tmp_path):
 
 def test_after_a_damaged_one_two_whole_ones_are_kept_again(tmp_path):
     """The damaged one has a later step, and must not stay as the newest."""
-    _, last = filled(tmp_path, 3)
+    _, last = filled(tmp_path, 30)
     flipped(last)
-    (tmp_path / "checkpoint-00000009.pt.unfinished").write_bytes(b"half")
-    save_checkpoint(tmp_path, 2, state(2))
-    save_checkpoint(tmp_path, (2.5).__ceil__() - 1, state(2))
+    (tmp_path / "checkpoint-00000028.pt.unfinished").write_bytes(b"half")
+    for step in (29, 30):
+        (tmp_path / f"checkpoint-{step:08d}.pt").rename(tmp_path / f"checkpoint-{10 * step:08d}.pt")
+    save_checkpoint(tmp_path, 295, state(295))
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-00000002.pt"]
+    assert names == ["checkpoint-00000290.pt", "checkpoint-00000295.pt"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert load_checkpoint(tmp_path)["number"] == 2
+        assert load_checkpoint(tmp_path)["number"] == 295
 
 
 # whole runs
@@ -202,7 +219,7 @@ def test_room_is_enough_or_not_by_a_byte(tmp_path):
 def test_a_folder_that_cannot_be_made_is_an_error_before_training(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Run, "_step", None)
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(OSError, match="cannot write to .*file/run .*give another folder"):
+    with pytest.raises(OSError, match=r"cannot write to .*file/run .*give another folder"):
         run(tiny(), tmp_path / "file" / "run")
     with pytest.raises(OSError, match="cannot write to"):
         run(tiny(), tmp_path / "file")
@@ -245,6 +262,8 @@ def test_a_disk_that_fills_up_says_how_to_go_on_and_loses_nothing(error, tmp_pat
 
 def no_room(folder):
     """In another process: no file can be larger than this after the first epoch."""
+    import resource
+
     torch.set_num_threads(1)
     write_output_to(folder.parent / "output")
 
@@ -258,6 +277,7 @@ def no_room(folder):
     command_line.main()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no such limit here")
 def test_a_real_limit_of_the_system_does_the_same(tmp_path):
     folder = tmp_path / "run"
     assert in_process(no_room, folder) == 1

@@ -189,6 +189,7 @@ def send(number, times=1):
 def stop_the_command(folder, name, where, call, number, times, options):
     """In another process: the command itself, sent a signal."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if pytest is in background
     write_output_to(folder.parent / "output")
     Nth(where, call, send(number, times))
     c = RUNS[name]
@@ -298,6 +299,8 @@ def test_tensorboard_has_every_epoch_once_after_a_kill(tmp_path):
     ).EventAccumulator
 
     assert in_process(stop_with_tensorboard, tmp_path) == -signal.SIGKILL
+    (events,) = tmp_path.glob("events.*")  # named by the second: else of the same one
+    events.rename(tmp_path / "events.out.tfevents.1.before")
     record = run(RUNS["sgd"], tmp_path, tensorboard=True)
     events = accumulator(str(tmp_path))
     events.Reload()

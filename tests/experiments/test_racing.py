@@ -1,4 +1,4 @@
-"""If this fails, a race repeats what is finished, loses what was begun, or stops at a divergence."""
+"""If this fails, a race repeats finished runs, loses what was begun, or stops at divergence."""
 
 import json
 import os
