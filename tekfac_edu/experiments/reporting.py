@@ -239,7 +239,7 @@ def targets_of(runs, count=4):
         raise ValueError("every run diverged: there is no loss to count epochs to")
     low, high = math.log(statistics.median(ends)), math.log(statistics.median(starts))
     between = [math.exp(high + (low - high) * (k + 1) / count) for k in range(count)]
-    return tuple(float(f"{target:.1g}") for target in between)
+    return tuple(dict.fromkeys(float(f"{target:.2g}") for target in between))
 
 
 def _curves(mine, *names):
