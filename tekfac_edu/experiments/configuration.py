@@ -21,7 +21,7 @@ class Configuration:
     dataset: Literal[
         "digits", "mnist-5k", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn"
     ] = "cifar10"
-    """digits and mnist-5k are embedded in packages; the others are downloaded, or see --data-folder."""
+    """digits, mnist-5k: embedded in packages; the others: downloaded, or see --data-folder."""
     optimizer: Literal["sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac"] = "tekfac"
     lr: float = 0.1
     """Learning rate. The Kronecker optimizers multiply their direction by the damping, so that it
