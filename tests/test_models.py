@@ -250,14 +250,19 @@ def test_convolutions_begin_by_the_rule_of_he(make):
         assert_variance(conv.weight.detach(), 2 / (9 * conv.out_channels), 2)
 
 
-def test_the_autoencoder_begins_by_the_rule_of_glorot():
-    """Variance 2 / (in + out), uniform: its squares have relative variance 4/5."""
+def test_the_autoencoder_begins_with_fifteen_weights_a_unit():
+    """Standard normal ones, in places of their own for every unit; a narrow layer has all."""
     torch.manual_seed(0)
     for layer in modules(autoencoder(), nn.Linear):
-        fans = layer.in_features + layer.out_features
-        assert_variance(layer.weight.detach(), 2 / fans, 0.8)
-        assert layer.weight.abs().max().item() <= (6 / fans) ** 0.5 * (1 + 1e-6)
+        used = layer.weight != 0
+        assert (used.sum(1) == 15).all()
+        assert_variance(layer.weight[used].detach(), 1, 2)
+        # each input is as likely as any: counts are binomial, here within six deviations
+        share = 15 / layer.in_features
+        deviation = (len(used) * share * (1 - share)) ** 0.5
+        assert (used.sum(0) - len(used) * share).abs().max() < 6 * deviation
         assert not layer.bias.any()
+    assert all((layer.weight != 0).all() for layer in modules(autoencoder((8, 6, 4)), nn.Linear))
 
 
 @every_network
