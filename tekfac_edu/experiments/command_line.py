@@ -95,8 +95,11 @@ def compare(
 
     folder = _folder(folder, preset)
     how = {"data_folder": _path(data_folder), "device": device}
+    _say(f"{preset}: {PRESETS[preset].about}")
     race(PRESETS[preset], folder, optimizers, seeds, **how)
-    _say(f"all runs are finished; their tables and figures: tekfac-edu report {folder}")
+    targets = " ".join(f"{target:g}" for target in PRESETS[preset].targets)
+    _say("all runs are finished; their tables and figures:")
+    _say(f"tekfac-edu report {folder} --targets {targets}")
 
 
 def report(

@@ -64,7 +64,7 @@ PRESETS = {
         "ResNet20 of half width on 5,000 CIFAR-10 images (give them as --data-folder)",
         _images("resnet20", "cifar10", 8, width=8, interval=20, warmup_steps=10),
         _starts(0.1, 0.01, 0.1, 1e-2),
-        (1.6, 1.4, 1.2, 1.1, 1.0),
+        (1.8, 1.6, 1.5, 1.4),
         4,
     ),
     "fashion-mnist": Preset(

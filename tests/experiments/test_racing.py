@@ -79,7 +79,7 @@ def test_compare_killed_in_the_middle_is_resumed(tmp_path):
     assert in_process(compare, folder, None) == 0
     assert {path: written(path) for path in finished} == finished
     output = (tmp_path / "output").read_text()
-    assert f"all runs are finished; their tables and figures: tekfac-edu report {folder}" in output
+    assert f"tekfac-edu report {folder} --targets " in output
     runs, trials = read_races([folder])
     assert len(runs) == 4 and not trials
     assert sorted(run["continued"] for run in runs) == [0, 0, 0, 1]
