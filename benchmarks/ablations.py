@@ -47,7 +47,7 @@ def ablations(tuned):
             yield "damping", name, value, {"damping": value}
         for name in ("kfac", "tkfac"):
             yield "damping, added", name, value, {"damping": value, "damping_rule": "added"}
-        # lr is η = α/λ: a constant α means
+        # η = α/λ: with α held constant, η falls as λ grows
         constant = {"damping": value, "lr": lr * damping / value}
         yield "damping, constant α", "tekfac", value, constant
     for value in INTERVALS:

@@ -69,7 +69,7 @@ def main(
         device: cpu is for trying the script out.
         models: of parts 2 to 4.
         width: channels of the first stage; default: the networks as published.
-        batch_size: of parts 2 and 4.
+        batch_size: of parts 2 to 4.
         intervals: steps between refreshes, of parts 2 and 4.
         optimizers: of parts 2 and 3.
         seeds: of the races.
@@ -109,8 +109,11 @@ def main(
             record["races"] = {}
             for model in models:
                 preset = PRESETS[f"cifar10-{model}"]
-                base = preset.base.replace(width=width, epochs=epochs or preset.base.epochs)
-                preset = replace(preset, base=base)
+                base = preset.base.replace(
+                    width=width, batch_size=batch_size, epochs=epochs or preset.base.epochs
+                )
+                shorter = min(preset.tuning_epochs, base.epochs)
+                preset = replace(preset, base=base, tuning_epochs=shorter)
                 folder = runs / f"cifar10-{model}"
                 how = {"data_folder": data_folder and str(data_folder), "device": device}
                 if trials:
@@ -121,7 +124,11 @@ def main(
                 record["races"][model] = saved.name
         elif part == "profile":
             record["profile"] = [
-                profile_step(network(model, interval), device)
+                {
+                    "model": model,
+                    "interval": interval,
+                    "seconds_per_step": profile_step(network(model, interval), device),
+                }
                 for model in models
                 for interval in intervals
             ]

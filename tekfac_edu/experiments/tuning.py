@@ -134,5 +134,5 @@ def _neighbours(point, coordinates, distance):
 
 
 def _rounded(value):
-    """Two digits: 0.1, 0.32, 1; coming back gives the same number."""
+    """Two digits: 0.1, 0.32, 1, so that half decades there and back meet the same point."""
     return float(f"{value:.2g}")
