@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
@@ -58,6 +59,10 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     trials: int = 12,
     epochs: int | None = None,
+    tuning_epochs: int | None = None,
+    race_interval: int | None = None,
+    race_warmup: int | None = None,
+    at_once: int = 1,
     data_folder: Path | None = None,
     runs: Path = Path("runs"),
     records: Path = ROOT / "benchmarks" / "records",
@@ -75,6 +80,10 @@ def main(
         seeds: of the races.
         trials: of the tuning before each race, per optimizer; 0: the preset's settings.
         epochs: of the races; default: the preset's.
+        tuning_epochs: of a trial; default: the preset's, at most those of the races.
+        race_interval: steps between refreshes in races and their tuning; default: the preset's.
+        race_warmup: steps at a run's beginning that refresh everything; default: the preset's.
+        at_once: runs side by side on one device; pays on a GPU that one run does not fill.
         data_folder: Parquet files of CIFAR-10; default: download once.
         runs: where races keep their checkpoints.
         records: where the records go.
@@ -90,6 +99,7 @@ def main(
     def network(model, interval):
         return Configuration(model=model, width=width, batch_size=batch_size, interval=interval)
 
+    say = partial(print, flush=True)
     images = blank_images((3, 32, 32))
     for part in parts:
         start = time.perf_counter()
@@ -109,16 +119,16 @@ def main(
             record["races"] = {}
             for model in models:
                 preset = PRESETS[f"cifar10-{model}"]
-                base = preset.base.replace(
-                    width=width, batch_size=batch_size, epochs=epochs or preset.base.epochs
-                )
+                given = {"epochs": epochs, "interval": race_interval, "warmup_steps": race_warmup}
+                given = {name: value for name, value in given.items() if value is not None}
+                base = preset.base.replace(width=width, batch_size=batch_size, **given)
                 shorter = min(preset.tuning_epochs, base.epochs)
-                preset = replace(preset, base=base, tuning_epochs=shorter)
+                preset = replace(preset, base=base, tuning_epochs=tuning_epochs or shorter)
                 folder = runs / f"cifar10-{model}"
                 how = {"data_folder": data_folder and str(data_folder), "device": device}
                 if trials:
-                    tune(preset, folder, optimizers, trials, **how)
-                race(preset, folder, optimizers, seeds, **how)
+                    tune(preset, folder, optimizers, trials, say, at_once, **how)
+                race(preset, folder, optimizers, seeds, at_once, say, **how)
                 saved = records / f"cifar10_{model}.json"
                 write_race(saved, *read_races([folder]))
                 record["races"][model] = saved.name

@@ -18,12 +18,10 @@ from unittest import mock
 
 import torch
 import tyro
-from torch.nn.functional import cross_entropy
 
-from tekfac_edu.experiments.building import build_model, build_optimizer
 from tekfac_edu.experiments.configuration import KRONECKER, Configuration
 from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
-from tekfac_edu.experiments.step_cost import blank_images
+from tekfac_edu.experiments.step_cost import blank_images, contestant, random_batch
 from tekfac_edu.optim import capture, curvature, statistics
 
 RECORD = Path(__file__).parent / "records" / "step_profile.json"
@@ -82,9 +80,12 @@ class Clock:
         return wrapper
 
     @contextmanager
-    def watching(self, optimizer):
-        """Time the parts of this optimizer's step while the block lasts."""
+    def watching(self, step):
+        """Time the parts of this training step while the block lasts."""
+        optimizer = step.optimizer
         parts = (
+            (step, "forward", "forward"),
+            (step, "backward", "backward"),
             (capture.ForwardHook, "__call__", "capture"),
             (capture.Capture, "receive", "capture"),
             (capture.LayerBatch, "_inputs", "unfold"),
@@ -123,29 +124,17 @@ def profile_step(configuration, device, intervals=1):
     configuration = configuration.replace(warmup_steps=0)
     dense = configuration.model in ("mlp", "autoencoder")
     images = blank_images((1, 28, 28) if dense else (3, 32, 32))
-    model = build_model(configuration, images).to(device)
-    optimizer = build_optimizer(configuration, model)
-    draw = torch.Generator().manual_seed(0)
-    x = torch.rand(configuration.batch_size, *images.x_train.shape[1:], generator=draw).to(device)
-    y = torch.randint(10, (configuration.batch_size,), generator=draw).to(device)
-
-    def step(clock):
-        optimizer.zero_grad()
-        with clock.phase("forward"):
-            loss = cross_entropy(model(x), y)
-        with clock.phase("backward"):
-            loss.backward()
-        optimizer.step()
-        clock.charge()
-
+    step = contestant(configuration, images, device)
+    x, y = random_batch(configuration, images, torch.device(device))
     for _ in range(configuration.interval):  # a whole one, so that the next begins with a refresh
-        step(Clock(device))
+        step(x, y)
     clock = Clock(device)
     steps = intervals * configuration.interval
-    with clock.watching(optimizer):
+    with clock.watching(step):
         clock.mark = clock._now()
         for _ in range(steps):
-            step(clock)
+            step(x, y)
+        clock.charge()
     return {phase: seconds / steps for phase, seconds in clock.seconds.items()}
 
 

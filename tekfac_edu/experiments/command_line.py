@@ -56,6 +56,7 @@ def tune(
     optimizers: Optimizers = OPTIMIZERS,
     trials: int = 12,
     device: Literal["cpu", "cuda"] | None = None,
+    at_once: int = 1,
 ):
     """Search each optimizer's settings on a held-out part, with the same number of trials.
 
@@ -66,11 +67,12 @@ def tune(
         optimizers: which of the six.
         trials: runs for each.
         device: default: a GPU if there is one.
+        at_once: runs side by side on one device; pays on a GPU that one run does not fill.
     """
     from tekfac_edu.experiments.tuning import tune
 
     how = {"data_folder": _path(data_folder), "device": device}
-    tune(PRESETS[preset], _folder(folder, preset), optimizers, trials, _say, **how)
+    tune(PRESETS[preset], _folder(folder, preset), optimizers, trials, _say, at_once, **how)
 
 
 def compare(
@@ -80,6 +82,7 @@ def compare(
     optimizers: Optimizers = OPTIMIZERS,
     seeds: tuple[int, ...] = (0, 1, 2),
     device: Literal["cpu", "cuda"] | None = None,
+    at_once: int = 1,
 ):
     """Every optimizer with every seed; what is finished is skipped, what was stopped continues.
 
@@ -90,13 +93,14 @@ def compare(
         optimizers: which of the six.
         seeds: of the runs.
         device: default: a GPU if there is one.
+        at_once: runs side by side on one device; pays on a GPU that one run does not fill.
     """
     from tekfac_edu.experiments.racing import race
 
     folder = _folder(folder, preset)
     how = {"data_folder": _path(data_folder), "device": device}
     _say(f"{preset}: {PRESETS[preset].about}")
-    race(PRESETS[preset], folder, optimizers, seeds, **how)
+    race(PRESETS[preset], folder, optimizers, seeds, at_once, _say, **how)
     targets = " ".join(f"{target:g}" for target in PRESETS[preset].targets)
     _say("all runs are finished; their tables and figures:")
     _say(f"tekfac-edu report {folder} --targets {targets}")

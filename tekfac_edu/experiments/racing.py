@@ -6,6 +6,7 @@ from pathlib import Path
 from tekfac_edu.arguments import one_of
 from tekfac_edu.experiments.configuration import OPTIMIZERS
 from tekfac_edu.experiments.processes import processes
+from tekfac_edu.experiments.side_by_side import check_at_once, one_run, side_by_side
 from tekfac_edu.experiments.training import train
 
 
@@ -20,19 +21,21 @@ def settings_of(preset, folder):
     return preset.starts | tuned_in(folder)
 
 
-def race(preset, folder, optimizers=OPTIMIZERS, seeds=(0, 1, 2), **how):
+def race(preset, folder, optimizers=OPTIMIZERS, seeds=(0, 1, 2), at_once=1, progress=print, **how):
     """Run what is not finished yet, seed by seed, so that an early end leaves a fair race.
 
     Parameters
     ----------
     preset : Preset.   folder : of the race; runs go into its folder `runs`.
-    optimizers, seeds : which.
+    optimizers, seeds : which.   at_once : runs side by side, each in a process of its own.
+    progress : called with a line per run if there are several at once; else a run has its bar.
     how : passed on to `train` (data_folder, device, bar, tensorboard).
 
     Returns
     -------
     list of records
     """
+    at_once = check_at_once(at_once)
     settings = settings_of(preset, folder)
     records = []
     with processes(how.get("device")):  # once for all runs: torchrun's cannot meet twice
@@ -42,7 +45,20 @@ def race(preset, folder, optimizers=OPTIMIZERS, seeds=(0, 1, 2), **how):
                 configuration = preset.base.replace(
                     **settings[optimizer], optimizer=optimizer, seed=seed
                 )
-                records.append(
-                    train(configuration, Path(folder) / "runs" / configuration.name, **how)
-                )
-    return records
+                run = configuration, Path(folder) / "runs" / configuration.name
+                records.append(train(*run, **how) if at_once == 1 else _told(*run, how, progress))
+        return records if at_once == 1 else side_by_side(records, at_once)
+
+
+def _told(configuration, folder, how, progress):
+    record = yield from one_run(configuration, folder, how)
+    run = f"{configuration.optimizer}, seed {configuration.seed}"
+    if record["status"] == "finished":
+        last = record["epochs"][-1]
+        progress(
+            f"{run}: training loss {last['train_loss']:.4g}, "
+            f"test {record['score']} {last['test_score']:.4g}"
+        )
+    else:
+        progress(f"{run}: {record['status']}")
+    return record

@@ -40,44 +40,85 @@ def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, interval
     device = torch.device(device)
     names = ["sgd", *(name for name in optimizers if name != "sgd")]
     configuration = configuration.replace(warmup_steps=0)
-    contestants = {name: _Contestant(configuration, name, images, device) for name in names}
-    x, y = _batch(configuration, images, device)
-    times = {name: [] for name in names}
-    extra = dict.fromkeys(names, 0)
-    for _ in range(configuration.interval):
-        for step in contestants.values():
-            step(x, y)
-    for turn in range(intervals * configuration.interval):
-        order = names if turn % 2 == 0 else names[::-1]
-        for name in order:
-            before = _allocated(device, reset=True)
-            start = time.perf_counter()
-            contestants[name](x, y)
-            _wait(device)
-            times[name].append(time.perf_counter() - start)
-            extra[name] = max(extra[name], _allocated(device) - before)
-    base = statistics.mean(times["sgd"])
-    measured = {}
-    for name, step in contestants.items():
-        state = _bytes(step.optimizer.state_dict())
-        weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
-        measured[name] = {
-            "mean": statistics.mean(times[name]),
-            "median": statistics.median(times[name]),
-            "worst": max(times[name]),
-            "mean_ratio": statistics.mean(times[name]) / base,
-            "worst_ratio": max(times[name]) / base,
-            "state_bytes": state,
-            "parameter_bytes": weights,
-            "peak_bytes": extra[name] + 2 * weights + state if device.type == "cuda" else None,
-        }
+    contestants = {
+        name: contestant(configuration.replace(optimizer=name), images, device) for name in names
+    }
+    x, y = random_batch(configuration, images, device)
+    interval = configuration.interval
     return {
         "format": FORMAT,
         **circumstances(device),
         "configuration": configuration.as_dict(),
         "intervals": intervals,
-        "steps": measured,
+        "steps": time_steps(contestants, x, y, intervals * interval, interval),
     }
+
+
+def time_steps(contestants, x, y, steps, untimed, failed=None):
+    """Time steps of every contestant on one batch, relative to the first; see `take_turns`.
+
+    Returns
+    -------
+    {name: costs}, as `measure_steps` describes them.
+    """
+    times, extra = take_turns(contestants, x, y, steps, untimed, failed)
+    base = statistics.mean(times[next(iter(contestants))])
+    measured = {}
+    for name, seconds in times.items():
+        step = contestants[name]
+        state = _bytes(step.optimizer.state_dict())
+        weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
+        measured[name] = {
+            "mean": statistics.mean(seconds),
+            "median": statistics.median(seconds),
+            "worst": max(seconds),
+            "mean_ratio": statistics.mean(seconds) / base,
+            "worst_ratio": max(seconds) / base,
+            "state_bytes": state,
+            "parameter_bytes": weights,
+            "peak_bytes": extra[name] + 2 * weights + state if x.is_cuda else None,
+        }
+    return measured
+
+
+def take_turns(contestants, x, y, steps, untimed, failed=None):
+    """Step by step, the order reversed every other time.
+
+    Parameters
+    ----------
+    contestants : {name: step}; a step is called with the batch and has a `model` and an
+        `optimizer`, as a `TrainingStep` has.
+    x, y : the batch, on the device of the models.
+    steps : how many are timed; whole intervals, so that a mean is one.
+    untimed : how many come before.
+    failed : {name: exception} to put a contestant into that fails; None: exceptions pass.
+
+    Returns
+    -------
+    ({name: seconds of each step}, {name: most bytes that a step allocated; CUDA only}), without
+    those that failed.
+    """
+    device, running = x.device, dict(contestants)
+    times = {name: [] for name in running}
+    extra = dict.fromkeys(running, 0)
+    for turn in range(-untimed, steps):
+        order = list(running)
+        for name in order if turn % 2 == 0 else order[::-1]:
+            before = _allocated(device, reset=True)
+            start = time.perf_counter()
+            try:
+                running[name](x, y)
+                _wait(device)
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = error
+                del running[name], times[name], extra[name]
+                continue
+            if turn >= 0:
+                times[name].append(time.perf_counter() - start)
+                extra[name] = max(extra[name], _allocated(device) - before)
+    return times, extra
 
 
 def steps_table(measured):
@@ -104,22 +145,35 @@ def blank_images(shape, classes=10):
     return Images("blank", tuple(map(str, range(classes))), x, y, x, y)
 
 
-class _Contestant:
+class TrainingStep:
     """One model with its optimizer; called with a batch, it takes a step."""
 
-    def __init__(self, configuration, name, images, device):
-        configuration = configuration.replace(optimizer=name)
-        self.task = task_of(configuration)
-        self.model = build_model(configuration, images).to(device)
-        self.optimizer = build_optimizer(configuration, self.model)
+    def __init__(self, model, optimizer, loss):
+        self.model, self.optimizer, self.loss = model, optimizer, loss
 
     def __call__(self, x, y):
         self.optimizer.zero_grad()
-        self.task.loss(self.model(x), x, y).backward()
+        self.backward(self.forward(x, y))
         self.optimizer.step()
 
+    def forward(self, x, y):
+        """The loss of the batch."""
+        return self.loss(self.model(x), x, y)
 
-def _batch(configuration, images, device):
+    def backward(self, loss):
+        """Its gradients."""
+        loss.backward()
+
+
+def contestant(configuration, images, device):
+    """The step that a configuration describes, with fresh weights."""
+    model = build_model(configuration, images).to(device)
+    optimizer = build_optimizer(configuration, model)
+    return TrainingStep(model, optimizer, task_of(configuration).loss)
+
+
+def random_batch(configuration, images, device):
+    """Inputs and labels of the data set's shape, the same at every call."""
     draw = torch.Generator().manual_seed(0)
     shape = (configuration.batch_size, *images.x_train.shape[1:])
     x = torch.rand(shape, generator=draw)
@@ -143,9 +197,16 @@ def _allocated(device, reset=False):
     return torch.cuda.max_memory_allocated(device)
 
 
-def _bytes(state):
-    """Of all tensors in a nested state."""
+def _bytes(state, seen=None):
+    """Of all tensors in a nested state, each once; the weights themselves are left out."""
+    seen = set() if seen is None else seen
+    if id(state) in seen or isinstance(state, torch.nn.Parameter | torch.nn.Module | type):
+        return 0
+    seen.add(id(state))
     if isinstance(state, torch.Tensor):
         return state.numel() * state.element_size()
-    values = state.values() if isinstance(state, dict) else state
-    return sum(map(_bytes, values)) if isinstance(state, dict | list | tuple) else 0
+    if isinstance(state, dict):
+        return sum(_bytes(value, seen) for value in state.values())
+    if isinstance(state, list | tuple | set):
+        return sum(_bytes(value, seen) for value in state)
+    return _bytes(vars(state), seen) if hasattr(state, "__dict__") else 0

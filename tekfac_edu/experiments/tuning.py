@@ -20,6 +20,7 @@ from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS
 from tekfac_edu.experiments.processes import is_first, processes
 from tekfac_edu.experiments.racing import tuned_in
 from tekfac_edu.experiments.records import write_json
+from tekfac_edu.experiments.side_by_side import check_at_once, one_run, side_by_side
 from tekfac_edu.experiments.training import train
 
 TRIALS = 12
@@ -28,7 +29,7 @@ STEPS = {"lr": 0.5, "damping": 1.0, "weight_decay": 1.0}  # decades
 NEARER = (1.0, 0.5, 0.25, 0.125)  # distances in these steps; then 2, 3, ...
 
 
-def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, **how):
+def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, at_once=1, **how):
     """Search the settings of each optimizer; writes `tuned.json`, {optimizer: settings}.
 
     Settings of other optimizers, tuned there before, stay in it.
@@ -38,6 +39,8 @@ def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, *
     preset : Preset.   folder : of the race; trials go into its folder `trials`.
     optimizers : which of the six.   trials : runs for each.
     progress : called with a line per optimizer.
+    at_once : searches side by side, each trial in a process of its own; a search itself has one
+        trial after the other.
     how : passed on to `train` (data_folder, device, bar).
 
     Returns
@@ -50,38 +53,61 @@ def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, *
         If every trial of an optimizer diverged.
     """
     whole_number("trials", trials, 1)
-    tuned = {}
+    at_once = check_at_once(at_once)
+
+    def trial(optimizer, settings):
+        configuration = preset.base.replace(
+            **settings,
+            optimizer=optimizer,
+            epochs=preset.tuning_epochs,
+            held_out=True,
+            seed=TUNING_SEED,
+        )
+        return configuration, Path(folder) / "trials" / configuration.name
+
+    def search(optimizer):
+        coordinates = ["lr"] + ["damping"] * (optimizer in KRONECKER)
+        coordinates += ["weight_decay"] * preset.weight_decay
+        return preset.starts[optimizer], coordinates, trials
+
+    def chosen(optimizer, best, loss, closed):
+        if math.isinf(loss):
+            raise ValueError(f"all {trials} trials of {optimizer} diverged; start elsewhere")
+        settings = ", ".join(f"{name} {value:g}" for name, value in best.items())
+        tried = "all its neighbours are worse" if closed else "not all its neighbours were tried"
+        progress(f"{optimizer}: {settings}; held-out loss {loss:.4g}; {tried}")
+        return best
+
+    def alone(optimizer):
+        def judged(settings):
+            return _held_out_loss(train(*trial(optimizer, settings), **how))
+
+        return chosen(optimizer, *compass_search(judged, *search(optimizer)))
+
+    def in_line(optimizer):
+        points, loss = _compass(*search(optimizer)), None
+        while True:
+            try:
+                settings = points.send(loss)
+            except StopIteration as end:
+                return chosen(optimizer, *end.value)
+            loss = _held_out_loss((yield from one_run(*trial(optimizer, settings), how)))
+
     with processes(how.get("device")):  # once for all trials: torchrun's cannot meet twice
-        for optimizer in optimizers:
-
-            def judged(settings, optimizer=optimizer):
-                configuration = preset.base.replace(
-                    **settings,
-                    optimizer=optimizer,
-                    epochs=preset.tuning_epochs,
-                    held_out=True,
-                    seed=TUNING_SEED,
-                )
-                record = train(configuration, Path(folder) / "trials" / configuration.name, **how)
-                loss = record["epochs"][-1]["test_loss"] if record["status"] == "finished" else None
-                return math.inf if loss is None else loss
-
-            coordinates = ["lr"] + ["damping"] * (optimizer in KRONECKER)
-            coordinates += ["weight_decay"] * preset.weight_decay
-            best, loss, closed = compass_search(
-                judged, preset.starts[optimizer], coordinates, trials
-            )
-            if math.isinf(loss):
-                raise ValueError(f"all {trials} trials of {optimizer} diverged; start elsewhere")
-            tuned[optimizer] = best
-            chosen = ", ".join(f"{name} {value:g}" for name, value in best.items())
-            tried = (
-                "all its neighbours are worse" if closed else "not all its neighbours were tried"
-            )
-            progress(f"{optimizer}: {chosen}; held-out loss {loss:.4g}; {tried}")
+        if at_once == 1:
+            found = [alone(optimizer) for optimizer in optimizers]
+        else:
+            found = side_by_side(map(in_line, optimizers), at_once)
+    tuned = dict(zip(optimizers, found, strict=True))
     if is_first():
         write_json(Path(folder) / "tuned.json", tuned_in(folder) | tuned)
     return tuned
+
+
+def _held_out_loss(record):
+    """inf where it diverged."""
+    loss = record["epochs"][-1]["test_loss"] if record["status"] == "finished" else None
+    return math.inf if loss is None else loss
 
 
 def compass_search(judged, start, coordinates, trials):
@@ -98,26 +124,37 @@ def compass_search(judged, start, coordinates, trials):
     (point, loss, closed) : the best point, and whether all its neighbours at the first distance
         have been tried, too.
     """
+    points, loss = _compass(start, coordinates, trials), None
+    while True:
+        try:
+            point = points.send(loss)
+        except StopIteration as end:
+            return end.value
+        loss = judged(point)
+
+
+def _compass(start, coordinates, trials):
+    """The search itself: yields points, is sent their losses, returns as above."""
     seen = {}
 
     def try_once(point):
         key = tuple(point.items())
         if key not in seen and len(seen) < trials:
-            seen[key] = judged(dict(point))
+            seen[key] = yield dict(point)
         return seen.get(key, math.inf)
 
     def better_neighbour(distance):
         for neighbour in _neighbours(best, coordinates, distance):
-            found = try_once(neighbour)
+            found = yield from try_once(neighbour)
             if found < loss:
                 return neighbour, found
         return None
 
-    best, loss = dict(start), try_once(start)
+    best, loss = dict(start), (yield from try_once(start))
     turn = 0
     while len(seen) < trials:
         distance = NEARER[turn] if turn < len(NEARER) else 2.0 + turn - len(NEARER)
-        if (moved := better_neighbour(distance)) is None:
+        if (moved := (yield from better_neighbour(distance))) is None:
             turn += 1
         else:
             best, loss = moved

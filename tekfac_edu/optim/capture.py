@@ -13,12 +13,25 @@ the sum, and the two calls count as one. The mean loss's 1/N and the division by
     g_n = (examples in the part) · (parts) · (what autograd has at the layer's output)
 """
 
+import math
 import weakref
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
-from tekfac_edu.optim.layers import batched, layer_gradients, layer_inputs
+from tekfac_edu.optim.layers import (
+    at_least_float32,
+    batched,
+    layer_gradients,
+    layer_inputs,
+    num_positions,
+)
+from tekfac_edu.optim.rescaling import (
+    convolution_gradients,
+    corrected_eigenvalues,
+    projecting_first_is_cheaper,
+)
 
 CHUNK = 2**25  # numbers in the largest array a chunk of examples may need: 128 MiB in float32
 
@@ -135,32 +148,122 @@ class LayerBatch:
     def num_examples(self):
         return sum(len(uses[0].x) for uses in self.parts)
 
-    def chunks(self, has_bias):
-        """Pairs a: (n, T, d_in), g: (S, n, T, d_out); n per-example gradients fit in memory."""
+    def chunks(self, has_bias, examples=None, rows=None, generator=None):
+        """`Examples`, so few at once that 128 MiB hold what is made of them.
+
+        Parameters
+        ----------
+        has_bias : of the layer.
+        examples : of how many examples, the same share of every part; None, or too many: all.
+        rows : of how many examples times positions, at the same positions of all examples; None,
+            or too many: all.
+        generator : torch.Generator (on the CPU) that draws both.
+        """
         for uses in self.parts:
             N = len(uses[0].x)
             scale = 1 if self.num_parts is None else N * self.num_parts
-            n = self._examples_at_once(uses, has_bias)
-            for rows in torch.arange(N).split(n):
-                rows = slice(int(rows[0]), int(rows[-1]) + 1)
-                yield self._inputs(uses, rows, has_bias), scale * self._gradients(uses, rows)
+            share = None if examples is None else math.ceil(examples * N / self.num_examples)
+            chosen = _drawn(N, share, generator, uses[0].x.device)
+            per_use = None if rows is None else math.ceil(rows / self.num_examples / len(uses))
+            positions = [
+                _drawn(
+                    num_positions(self.module, use.gradients[0]), per_use, generator, use.x.device
+                )
+                for use in uses
+            ]
+            of_part = Examples(self.module, uses, scale, has_bias, positions, chosen)
+            size = max(1, CHUNK // of_part.largest)
+            if len(of_part) <= size:
+                yield of_part
+                continue
+            chosen = torch.arange(N, device=uses[0].x.device) if chosen is None else chosen
+            for few in chosen.split(size):
+                yield Examples(self.module, uses, scale, has_bias, positions, few)
 
-    def _inputs(self, uses, rows, has_bias):
-        return _joined([layer_inputs(self.module, use.x[rows], has_bias) for use in uses], 1)
 
-    def _gradients(self, uses, rows):
-        gradients = [[layer_gradients(self.module, g[rows]) for g in use.gradients] for use in uses]
-        return _joined([g[0][None] if len(g) == 1 else torch.stack(g) for g in gradients], 2)
+def _drawn(total, wanted, generator, device):
+    """So many of range(total), ascending, each as likely as the others; None for all."""
+    if wanted is None or wanted >= total:
+        return None
+    return torch.randperm(total, generator=generator)[:wanted].sort()[0].to(device)
 
-    def _examples_at_once(self, uses, has_bias):
-        a, g = self._inputs(uses, slice(1), has_bias), self._gradients(uses, slice(1))
-        S, _, T, d_out = g.shape
-        d_in = a.shape[-1]
-        return max(1, CHUNK // max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1))
+
+class Examples:
+    """Some examples of one part, as one layer saw them.
+
+    Parameters
+    ----------
+    module : the layer.   uses : its calls, list of `Use`.   has_bias : of the layer.
+    scale : what the captured gradients are multiplied with to be the examples' own.
+    positions : for each use those that `pair` takes, (T',) int64 tensor, or None: all.
+    rows : (n,) int64 tensor of the examples; None: all.
+    """
+
+    def __init__(self, module, uses, scale, has_bias, positions, rows):
+        self.module, self.uses, self.scale, self.has_bias = module, uses, scale, has_bias
+        self.positions, self.rows = positions, rows
+
+    def __len__(self):
+        return len(self.uses[0].x) if self.rows is None else len(self.rows)
+
+    @property
+    def largest(self):
+        """Numbers in the largest array per example."""
+        T = sum(
+            num_positions(self.module, use.gradients[0]) if chosen is None else len(chosen)
+            for use, chosen in zip(self.uses, self.positions, strict=True)
+        )
+        _, S, d_in, d_out = self.sizes
+        return max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1)
+
+    @property
+    def sizes(self):
+        """T, of all positions, and S, d_in, d_out of the layer."""
+        weight = self.module.weight
+        T = sum(num_positions(self.module, use.gradients[0]) for use in self.uses)
+        return T, len(self.uses[0].gradients), weight[0].numel() + self.has_bias, len(weight)
+
+    def pair(self):
+        """a: (n, T, d_in) and g: (S, n, T, d_out).
+
+        If only T' of T positions are taken, the inputs are scaled by √(T / T'): means over examples
+        of sums over positions, of products of two a's, keep their expectation.
+        """
+        a, g = [], []
+        for use, chosen in zip(self.uses, self.positions, strict=True):
+            inputs = layer_inputs(self.module, self._of(use.x), self.has_bias, chosen)
+            if chosen is not None:
+                T = num_positions(self.module, use.gradients[0])
+                inputs = inputs * (T / len(chosen)) ** 0.5
+            a.append(inputs)
+            vectors = [layer_gradients(self.module, self._of(v), chosen) for v in use.gradients]
+            g.append(vectors[0][None] if len(vectors) == 1 else torch.stack(vectors))
+        return _joined(a, 1), self.scale * _joined(g, 2)
+
+    def corrected_eigenvalues(self, Q_in, Q_out):
+        """D of these examples in a basis, as `rescaling.corrected_eigenvalues`; (d_out, d_in)."""
+        T, S, d_in, d_out = self.sizes
+        if isinstance(self.module, nn.Linear) or projecting_first_is_cheaper(T, d_in, d_out, S):
+            return corrected_eigenvalues(*self.pair(), Q_in, Q_out)
+        G = sum(
+            convolution_gradients(
+                self.module,
+                at_least_float32(self._of(use.x)),
+                torch.stack([at_least_float32(self._of(g)) for g in use.gradients]),
+                self.has_bias,
+                Q_in,
+                Q_out,
+            )
+            for use in self.uses
+        )
+        return self.scale**2 * G.square().sum((0, 1)) / len(self)
+
+    def _of(self, tensor):
+        return tensor if self.rows is None else tensor[self.rows]
 
 
 def _joined(tensors, axis):
-    """As torch.cat, which copies even a single tensor; unfolded patches are large."""
+    """As torch.cat, which copies even a single tensor; patches are large."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
 
 

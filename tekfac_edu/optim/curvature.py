@@ -109,10 +109,6 @@ class LayerCurvature:
         pi = self.factors.damping_split(self.s_in, self.s_out)
         return split_damping(self.s_in, self.s_out, pi, damping)
 
-    def precondition(self, M, damping, rule):
-        """The damped inverse applied to M: (d_out, d_in) -> (d_out, d_in)."""
-        return precondition(M, self.Q_in, self.Q_out, self.damped_eigenvalues(damping, rule))
-
     def state_dict(self):
         """Everything, as tensors and whole numbers."""
         state = {name: getattr(self, name) for name in self.TENSORS}
@@ -130,3 +126,32 @@ class LayerCurvature:
         if self.factors is not None:
             tensors = {name: t.clone().to(device) for name, t in self.factors.items()}
             self.factors = factors_from(tensors)
+
+
+def preconditioned(curvatures, matrices, dampings, rule):
+    """The damped inverse of each curvature applied to its matrix; those of one shape in one go.
+
+    curvatures : list of LayerCurvature, ready.   matrices : list of (d_out, d_in) tensors.
+    dampings : list of λ.   rule : damping rule.
+    """
+    alike = {}
+    for i, M in enumerate(matrices):
+        alike.setdefault((M.shape, M.dtype), []).append(i)
+    results = [None] * len(matrices)
+    for members in alike.values():
+        some = [curvatures[i] for i in members]
+        D = [curvatures[i].damped_eigenvalues(dampings[i], rule) for i in members]
+        stacks = (
+            [matrices[i] for i in members],
+            [curvature.Q_in for curvature in some],
+            [curvature.Q_out for curvature in some],
+            D,
+        )
+        found = precondition(*map(_stacked, stacks))
+        for i, result in zip(members, found, strict=True):
+            results[i] = result
+    return results
+
+
+def _stacked(matrices):
+    return matrices[0][None] if len(matrices) == 1 else torch.stack(matrices)

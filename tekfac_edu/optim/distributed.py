@@ -39,21 +39,14 @@ def sum_over_ranks(tensors, group):
     return [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)]
 
 
-def share_out(costs, group):
-    """Which rank of the group does which task: a list of ranks. Greedy, the dearest task first."""
-    if group is None:
-        return [0] * len(costs)
-    load = [0.0] * distributed.get_world_size(group)
-    owners = [0] * len(costs)
-    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-        owners[task] = load.index(min(load))
-        load[owners[task]] += costs[task]
-    return owners
-
-
 def rank_in(group):
     """This process's rank in the group; 0 without one."""
     return 0 if group is None else distributed.get_rank(group)
+
+
+def ranks_in(group):
+    """How many ranks the group has; 1 without one."""
+    return 1 if group is None else distributed.get_world_size(group)
 
 
 def received_from(owner, tensors, group):

@@ -76,5 +76,5 @@ def qr_iteration(S, Q):
 
 
 def precondition(M, Q_in, Q_out, D_damped):
-    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: (d_out, d_in) -> (d_out, d_in)."""
-    return Q_out @ ((Q_out.T @ M @ Q_in) / D_damped) @ Q_in.T
+    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: (..., d_out, d_in) -> (..., d_out, d_in)."""
+    return Q_out @ ((Q_out.mT @ M @ Q_in) / D_damped) @ Q_in.mT

@@ -11,16 +11,13 @@ With it every layer is s = W ā at T positions, its gradient matrix M is (d_out,
 as the last column, and example n's gradient is G_n = Σ_t g_nt ā_ntᵀ.
 """
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
 
-PADDING_MODES = {
-    "zeros": "constant",
-    "reflect": "reflect",
-    "replicate": "replicate",
-    "circular": "circular",
-}
+from tekfac_edu.optim.patches import patches
 
 
 def is_factored_kind(module):
@@ -43,28 +40,37 @@ def refusal(module):
     return None
 
 
-def layer_inputs(module, x, has_bias):
+def layer_inputs(module, x, has_bias, positions=None):
     """A module's input as a: (N, T, d_in), in float32 or, if x has it, float64.
 
     Parameters
     ----------
     x : the tensor the module was called with; its first axis is the examples.
     has_bias : whether to append a 1, so that the bias is one more column of the weight.
+    positions : (T',) int64 tensor of those wanted; None: all.
     """
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
     if isinstance(module, nn.Linear):
         a = x.reshape(len(x), -1, module.in_features)
+        a = a if positions is None else a[:, positions]
     else:
-        a = _patches(module, x)
+        a = patches(module, x, positions)
     return functional.pad(a, (0, 1), value=1.0) if has_bias else a
 
 
-def layer_gradients(module, g):
+def layer_gradients(module, g, positions=None):
     """The gradient at a module's output as (N, T, d_out), in float32 or float64."""
-    g = _at_least_float32(g)
+    g = at_least_float32(g)
     if isinstance(module, nn.Linear):
-        return g.reshape(len(g), -1, module.out_features)
-    return g.flatten(2).mT
+        g = g.reshape(len(g), -1, module.out_features)
+        return g if positions is None else g[:, positions]
+    g = g.flatten(2)
+    return (g if positions is None else g[:, :, positions]).mT
+
+
+def num_positions(module, g):
+    """T, from the gradient at a module's output."""
+    return math.prod(g.shape[1:-1] if isinstance(module, nn.Linear) else g.shape[2:])
 
 
 def batched(module, tensor):
@@ -82,33 +88,12 @@ def batched(module, tensor):
 
 def gradient_matrix(weight_gradient, bias_gradient=None):
     """M: (d_out, d_in), from the gradients of weight and bias."""
-    M = _at_least_float32(weight_gradient).flatten(1)
+    M = at_least_float32(weight_gradient).flatten(1)
     if bias_gradient is None:
         return M
-    return torch.cat([M, _at_least_float32(bias_gradient)[:, None]], 1)
+    return torch.cat([M, at_least_float32(bias_gradient)[:, None]], 1)
 
 
-def _patches(module, x):
-    """(N, C, *image) -> (N, T, C · kernel elements), in the order of the flattened weight."""
-    kernel, stride = module.kernel_size, module.stride
-    dilation, padding = module.dilation, _padding_before_and_after(module)
-    if any(amount for pair in padding for amount in pair):
-        last_axis_first = [amount for pair in reversed(padding) for amount in pair]
-        x = functional.pad(x, last_axis_first, mode=PADDING_MODES[module.padding_mode])
-    if isinstance(module, nn.Conv1d):  # an image of height 1
-        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
-    return functional.unfold(x, kernel, dilation, padding=0, stride=stride).mT
-
-
-def _padding_before_and_after(module):
-    """[(before, after), ...] per image axis; "same" puts the odd element after."""
-    if module.padding == "valid":
-        return [(0, 0)] * len(module.kernel_size)
-    if module.padding == "same":
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        return [(total // 2, total - total // 2) for total in totals]
-    return [(amount, amount) for amount in module.padding]
-
-
-def _at_least_float32(x):
+def at_least_float32(x):
+    """Statistics are in float32, or in float64 if x is."""
     return x if x.dtype == torch.float64 else x.float()

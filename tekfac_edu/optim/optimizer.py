@@ -13,7 +13,7 @@ import torch
 
 from tekfac_edu.arguments import one_of, real_number, whole_number
 from tekfac_edu.optim.capture import Capture
-from tekfac_edu.optim.curvature import LayerCurvature
+from tekfac_edu.optim.curvature import LayerCurvature, preconditioned
 from tekfac_edu.optim.damping import trace_damping
 from tekfac_edu.optim.distributed import rank_in, ranks_of
 from tekfac_edu.optim.fisher import LIKELIHOODS, fisher_vectors, send_back
@@ -28,6 +28,7 @@ from tekfac_edu.optim.refusals import (
 from tekfac_edu.optim.report import report
 from tekfac_edu.optim.statistics import Refresh, warn_if_examples_differ, warn_unless_explained
 from tekfac_edu.optim.treatment import find_layers, unwrapped
+from tekfac_edu.optim.turns import turns_of
 from tekfac_edu.optim.warning import warn
 
 INTERVAL, WARMUP_STEPS = 10, 20  # what is used where nothing is given
@@ -67,6 +68,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         factor_decay=0.95,  # ρ
         scale_decay=0.95,
         eigenbasis="eigh",
+        factor_rows=None,
+        scale_examples=None,
+        stagger=False,
         lr_scale="natural",
         lr_other=None,
         plain_sgd=(),
@@ -99,6 +103,12 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             interval is given, else 0.
         factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
         eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC, TEKFAC).
+        factor_rows : per number in a layer's input (d_in), from how many examples times positions
+            its factors are estimated, at positions drawn anew each time; None: all there are.
+        scale_examples : from how many examples of the batch, drawn anew each time, the eigenvalues
+            of EKFAC and TEKFAC are measured; None: all.
+        stagger : layers take turns: each is refreshed at its own steps of the interval, so that no
+            step is slow. The first step, and those of the warm-up, refresh all layers.
         lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means
             in flat directions what it means for SGD.
         lr_other : learning rate of the parameters that are not factored; None: lr under "sgd",
@@ -148,6 +158,11 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 f'eigenbasis="qr" is for EKFAC and TEKFAC, which are exact about any basis; '
                 f'{type(self).__name__} needs the eigenvalues of its factors: "eigh"'
             )
+        self.factor_rows = _or_none(real_number, "factor_rows", factor_rows, above=0)
+        self.scale_examples = _or_none(whole_number, "scale_examples", scale_examples, 1)
+        if not isinstance(stagger, bool):
+            raise ValueError(f"stagger must be True or False; got {stagger!r}")
+        self.stagger = stagger
         self.lr_scale = one_of("lr_scale", lr_scale, ("natural", "sgd"))
         ranks_of(process_group)
         self.process_group = process_group
@@ -157,6 +172,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.warned = set()
         self.layers, self.treatments = find_layers(model, plain_sgd)
+        self.turns = turns_of(self.layers, self._longest_interval if stagger else 1)
         self.curvatures = {
             layer: LayerCurvature(self.corrected, eigenbasis == "qr") for layer in self.layers
         }
@@ -203,11 +219,20 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             layer.module for interval in intervals for layer in self._due(interval)
         )
 
+    @property
+    def _longest_interval(self):
+        intervals = [self.factor_interval, self.eigen_interval]
+        return max(intervals + self.corrected * [self.scale_interval])
+
     def _due(self, interval):
         """The layers whose statistic of this interval the next step refreshes."""
-        if self.steps < self.warmup_steps or self.steps % interval == 0:
+        if self.steps < self.warmup_steps:
             return self.layers
-        return [layer for layer in self.layers if not self.curvatures[layer].ready]
+        return [
+            layer
+            for layer in self.layers
+            if (self.steps - self.turns[layer]) % interval == 0 or not self.curvatures[layer].ready
+        ]
 
     def zero_grad(self, set_to_none=True):
         """As in every torch optimizer; what was captured for the statistics goes too."""
@@ -308,38 +333,65 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             for layer in fresh:
                 warn_unless_explained(layer, batches[layer.module], gradients[layer])
         refresh = Refresh(self.curvatures, batches, group, self.warned)
-        refresh.factors(self._due(self.factor_interval), self.estimate_factors, self.factor_decay)
+        generator = torch.Generator().manual_seed(self.steps)
+        refresh.factors(
+            self._due(self.factor_interval),
+            self.estimate_factors,
+            self.factor_decay,
+            self.factor_rows,
+            generator,
+        )
         refresh.bases(self._due(self.eigen_interval), self.steps)
         if self.corrected:
-            refresh.eigenvalues(self._due(self.scale_interval), self.scale_decay, self.steps)
+            refresh.eigenvalues(
+                self._due(self.scale_interval),
+                self.scale_decay,
+                self.steps,
+                self.scale_examples,
+                generator,
+            )
 
     def _update(self, gradients):
-        dampings = self.dampings()
         directions = {}
-        for layer, M in gradients.items():
-            damping, curvature = dampings[layer], self.curvatures[layer]
-            if curvature.ready:
-                direction = curvature.precondition(M, damping, self.damping_rule)
-            else:  # its only statistics were not finite
-                direction = torch.zeros_like(M)
-            if self.lr_scale == "sgd":
-                direction = damping * direction
+        for layer, direction in self._directions(gradients).items():
             if layer.has_bias:
                 direction, directions[layer.bias] = direction[:, :-1], direction[:, -1]
             directions[layer.weight] = direction.reshape(layer.weight.shape)
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                direction = directions.get(p, p.grad).to(p.dtype)
-                if group["momentum"] > 0:
-                    state = self.state[p]
-                    if "momentum_buffer" not in state:
-                        state["momentum_buffer"] = torch.zeros_like(p)
-                    direction = state["momentum_buffer"].mul_(group["momentum"]).add_(direction)
-                if group["weight_decay"] > 0:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-group["lr"])
+            moving = [p for p in group["params"] if p.grad is not None]
+            if not moving:
+                continue
+            steps = [directions.get(p, p.grad).to(p.dtype) for p in moving]
+            if group["momentum"] > 0:
+                for p in moving:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in moving]
+                torch._foreach_mul_(buffers, group["momentum"])
+                torch._foreach_add_(buffers, steps)
+                steps = buffers
+            if group["weight_decay"] > 0:
+                torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(moving, steps, alpha=-group["lr"])
+
+    def _directions(self, gradients):
+        """A dict Layer -> (d_out, d_in)."""
+        dampings = self.dampings()
+        ready = [layer for layer in gradients if self.curvatures[layer].ready]
+        # the others' only statistics were not finite: they do not move
+        directions = {
+            layer: torch.zeros_like(M) for layer, M in gradients.items() if layer not in ready
+        }
+        found = preconditioned(
+            [self.curvatures[layer] for layer in ready],
+            [gradients[layer] for layer in ready],
+            [dampings[layer] for layer in ready],
+            self.damping_rule,
+        )
+        for layer, direction in zip(ready, found, strict=True):
+            by_sgd = self.lr_scale == "sgd"
+            directions[layer] = dampings[layer] * direction if by_sgd else direction
+        return directions
 
     def dampings(self):
         """λ of every layer, a float or () tensor: its group's, or by the trace policy."""
@@ -397,7 +449,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             raise RuntimeError(f"{layer} has no curvature yet: take a step first")
         with torch.no_grad(), torch.autocast(M.device.type, enabled=False):
             M = M.to(curvature.Q_in.dtype)
-            return curvature.precondition(M, self.dampings()[layer], self.damping_rule)
+            damping = self.dampings()[layer]
+            return preconditioned([curvature], [M], [damping], self.damping_rule)[0]
 
     def report(self):
         """What each layer's preconditioner does at present; print it, or read `.rows`."""
@@ -472,6 +525,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "damping_policy",
                 "damping_rule",
                 "eigenbasis",
+                "factor_rows",
+                "scale_examples",
+                "stagger",
                 "lr_scale",
             )
         )
@@ -481,6 +537,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
         lines += [f"  {name or 'the model'}: {text}" for name, text in self.treatments.items()]
         return "\n".join(lines)
+
+
+def _or_none(check, name, value, *bounds, **named):
+    return None if value is None else check(name, value, *bounds, **named)
 
 
 def _interval(name, steps):

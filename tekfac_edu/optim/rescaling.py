@@ -7,11 +7,12 @@ EKFAC calls it S*, TEKFAC calls it Θ. With T positions there are two orders of 
     project, then form      N·T·(d_in² + d_out² + d_in·d_out)       multiplications per vector
     form, then project      N·(T·d_in·d_out + d_out²·d_in + d_out·d_in²)
 
-The second is far cheaper when T is large. With one position nothing needs to be formed: G_n has
-rank one and D = ((g Q_out)²)ᵀ ((a Q_in)²) / N, a single product.
+The second is far cheaper when T is large, and for a convolution needs no patches. With T = 1
+nothing needs to be formed: G_n has rank one and D = ((g Q_out)²)ᵀ ((a Q_in)²) / N, one product.
 """
 
 from tekfac_edu.optim.factors import layer_format
+from tekfac_edu.optim.patches import kernel_rows, rows_of_basis
 
 
 def corrected_eigenvalues(a, g, Q_in, Q_out):
@@ -38,6 +39,29 @@ def corrected_eigenvalues(a, g, Q_in, Q_out):
     else:
         G = Q_out.T @ (g.mT @ a) @ Q_in
     return G.square().sum((0, 1)) / N
+
+
+def convolution_gradients(module, x, g, has_bias, Q_in, Q_out):
+    """Q_outᵀ G_n Q_in of every example, formed row by row of the kernel, without patches.
+
+    Parameters
+    ----------
+    module : Conv1d or Conv2d.   x : (N, C, *image) tensor, its input.
+    g : (S, N, d_out, *image) tensor, the gradients at its output.
+    Q_in, Q_out : as for `corrected_eigenvalues`.
+
+    Returns
+    -------
+    (S, N, d_out, d_in) tensor
+    """
+    g = Q_out.mT @ g.flatten(3)
+    S, N, d_out, _ = g.shape
+    G = Q_in.new_zeros(S * N * d_out, len(Q_in))
+    for row, basis in zip(kernel_rows(module, x), rows_of_basis(module, Q_in), strict=True):
+        G.addmm_((g @ row.mT).flatten(0, 2), basis)
+    if has_bias:
+        G.addr_(g.sum(3).flatten(), Q_in[-1])
+    return G.view(S, N, d_out, -1)
 
 
 def projecting_first_is_cheaper(T, d_in, d_out, S=1):

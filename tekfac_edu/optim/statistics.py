@@ -5,12 +5,14 @@ one; a layer whose decomposition fails keeps the old basis (the identity, if the
 is named in a warning, once.
 """
 
+from functools import partial
+
 import torch
 
-from tekfac_edu.optim.distributed import rank_in, received_from, share_out, sum_over_ranks
+from tekfac_edu.optim.distributed import rank_in, ranks_in, received_from, sum_over_ranks
 from tekfac_edu.optim.eigenbasis import DecompositionFailed
 from tekfac_edu.optim.factors import factors_from
-from tekfac_edu.optim.rescaling import corrected_eigenvalues
+from tekfac_edu.optim.turns import shared_out
 from tekfac_edu.optim.warning import warn
 
 EXPLAINED = 0.9  # the least cosine of a gradient with the mean over examples of g aᵀ
@@ -31,27 +33,53 @@ class Refresh:
         self.curvatures, self.batches, self.group = curvatures, batches, group
         self.warned = warned
 
-    def factors(self, layers, estimate, decay):
-        """Average in the factors of the batch."""
-        means = self._means(layers, lambda layer, a, g: vars(estimate(a, g)))
-        for layer, fields in means.items():
+    def factors(self, layers, estimate, decay, rows=None, generator=None):
+        """Average in the factors of the batch.
+
+        rows : per number in a layer's input, of how many examples times positions; None: of all.
+        generator : draws the positions.
+        """
+
+        def chunks(layer, batch):
+            wanted = None if rows is None else rows * layer.d_in / ranks_in(self.group)
+            return batch.chunks(layer.has_bias, rows=wanted, generator=generator)
+
+        def of(layer, examples):
+            return vars(estimate(*examples.pair()))
+
+        def none(layer, zeros):
+            return vars(estimate(zeros(1, layer.d_in), zeros(1, layer.d_out)))
+
+        for layer, fields in self._means(layers, chunks, of, none).items():
             self.curvatures[layer].average_factors(factors_from(fields), decay)
 
-    def eigenvalues(self, layers, decay, step):
-        """Average in the measured eigenvalues of the batch, in the present basis."""
+    def eigenvalues(self, layers, decay, step, examples=None, generator=None):
+        """Average in the measured eigenvalues of the batch, in the present basis.
 
-        def measure(layer, a, g):
+        examples : of how many examples, of all ranks together; None: of all.
+        generator : draws them.
+        """
+
+        def chunks(layer, batch):
+            wanted = None if examples is None else examples / ranks_in(self.group)
+            return batch.chunks(layer.has_bias, examples=wanted, generator=generator)
+
+        def of(layer, few):
             curvature = self.curvatures[layer]
-            return {"D": corrected_eigenvalues(a, g, curvature.Q_in, curvature.Q_out)}
+            return {"D": few.corrected_eigenvalues(curvature.Q_in, curvature.Q_out)}
+
+        def none(layer, zeros):
+            return {"D": zeros(layer.d_out, layer.d_in)}
 
         layers = [layer for layer in layers if self.curvatures[layer].Q_in is not None]
-        for layer, fields in self._means(layers, measure).items():
+        for layer, fields in self._means(layers, chunks, of, none).items():
             self.curvatures[layer].average_eigenvalues(fields["D"], decay, step)
 
     def bases(self, layers, step):
         """Decompose the factors, each layer's on one rank."""
         layers = [layer for layer in layers if self.curvatures[layer].factors is not None]
-        owners = share_out([layer.d_in**3 + layer.d_out**3 for layer in layers], self.group)
+        costs = [layer.d_in**3 + layer.d_out**3 for layer in layers]
+        owners = shared_out(costs, ranks_in(self.group))
         mine = rank_in(self.group)
         bases = [
             self._basis(layer) if owner == mine else self.curvatures[layer].empty_basis()
@@ -75,12 +103,14 @@ class Refresh:
             )
             return None if curvature.ready else curvature.identity_basis()
 
-    def _means(self, layers, estimate):
-        """For each layer the mean over examples of the tensors `estimate(layer, a, g)` gives.
+    def _means(self, layers, chunks, of, none):
+        """For each layer the mean over examples of the tensors that `of(layer, examples)` gives.
 
+        chunks : function of layer and batch to `Examples`.
+        none : function of layer and a maker of zeros, to what a rank without examples gives.
         Layers that no rank has used, or whose mean is not finite, are left out.
         """
-        sums = [self._sum(layer, estimate) for layer in layers]
+        sums = [self._sum(layer, chunks, of, none) for layer in layers]
         flat = sum_over_ranks([t for _, total in sums for t in total.values()], self.group)
         counts = sum_over_ranks([count for count, _ in sums], self.group)
         means, start = {}, 0
@@ -111,20 +141,18 @@ class Refresh:
                 )
         return result
 
-    def _sum(self, layer, estimate):
+    def _sum(self, layer, chunks, of, none):
         """This process's number of examples, and the sums over them; zeros if it has none."""
         batch = self.batches.get(layer.module)
         weight = layer.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         count, total = 0, None
         if batch is None:
-            a = torch.zeros(1, 1, layer.d_in, dtype=dtype, device=weight.device)
-            g = torch.zeros(1, 1, 1, layer.d_out, dtype=dtype, device=weight.device)
-            total = {k: 0 * t for k, t in estimate(layer, a, g).items()}
+            total = none(layer, partial(torch.zeros, dtype=dtype, device=weight.device))
         else:
-            for a, g in batch.chunks(layer.has_bias):
-                n = len(a)
-                new = estimate(layer, a, g)
+            for examples in chunks(layer, batch):
+                n = len(examples)
+                new = of(layer, examples)
                 total = {k: n * t if total is None else total[k] + n * t for k, t in new.items()}
                 count += n
         return torch.tensor(float(count), dtype=dtype, device=weight.device), total
@@ -149,7 +177,10 @@ def warn_if_examples_differ(layers, batches):
 
 def warn_unless_explained(layer, batch, M):
     """Warn if M is not, up to its length, the mean over examples of g āᵀ that was captured."""
-    mean = sum((g.sum(0).mT @ a).sum(0) for a, g in batch.chunks(layer.has_bias))
+    mean = sum(
+        (g.sum(0).mT @ a).sum(0)
+        for a, g in (examples.pair() for examples in batch.chunks(layer.has_bias))
+    )
     norms = M.norm() * mean.norm()
     cosine = ((M * mean).sum() / norms).item() if norms > 0 else 1.0
     if cosine < EXPLAINED:

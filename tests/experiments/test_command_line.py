@@ -137,7 +137,10 @@ def test_races_get_what_was_asked(command, asked, capsys):
     command("tune", "digits-mlp", "--trials", 3, "--optimizers", "sgd", "kfac", "--device", "cpu")
     command("compare", "svhn-vgg16", "--seeds", 4, 5, "--data-folder", "there", "--folder", "here")
     command("compare", "svhn-vgg16")
-    (tune, tune_how), (compare, compare_how), (default, _) = asked
+    command("compare", "svhn-vgg16", "--at-once", 3)
+    command("tune", "digits-mlp", "--at-once", 2)
+    (tune, tune_how), (compare, compare_how), (default, _), (third, _), (second, _) = asked
+    assert (tune[5], compare[4], default[4], third[4], second[5]) == (1, 1, 1, 3, 2)
     assert tune[0] is PRESETS["digits-mlp"]
     assert (str(tune[1]), tune[2], tune[3]) == ("runs/digits-mlp", ("sgd", "kfac"), 3)
     assert tune_how == {"data_folder": None, "device": "cpu"}

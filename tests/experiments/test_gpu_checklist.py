@@ -64,7 +64,8 @@ def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures):
     assert sum(profile["seconds_per_step"].values()) > 0
     assert set(record["seconds"]) == {"steps", "profile"}
 
-    shorter = ["--epochs", "1", "--seeds", "0", "1", "--trials", "1"]
+    shorter = ["--epochs", "2", "--seeds", "0", "1", "--trials", "1", "--tuning-epochs", "1"]
+    shorter += ["--race-interval", "3", "--race-warmup", "0", "--at-once", "2"]
     data = ["--data-folder", str(pictures), "--optimizers", "sgd", "tekfac"]
     second = run_script(tmp_path, "--parts", "races", *shorter, *data)
     assert second.returncode == 0, second.stderr
@@ -72,6 +73,11 @@ def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures):
     assert set(record["seconds"]) == {"steps", "profile", "races"} and record["steps"]
     runs, trials = read_races([tmp_path / "records" / record["races"]["resnet20"]])
     assert len(runs) == 4 and len(trials) == 2
+    given = {"interval": 3, "warmup_steps": 0}
+    for run in runs + trials:
+        assert {name: run["configuration"][name] for name in given} == given
+    assert {len(run["epochs"]) for run in runs} == {2}
+    assert {len(trial["epochs"]) for trial in trials} == {1}
     assert {run["train_images"] for run in runs} == {64} and not any(map(diverged, runs))
 
 
