@@ -22,14 +22,14 @@ import tyro
 from tekfac_edu.experiments.configuration import KRONECKER, Configuration
 from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
 from tekfac_edu.experiments.step_cost import blank_images, contestant, random_batch
-from tekfac_edu.optim import capture, curvature, statistics
+from tekfac_edu.optim import capture, curvature
 
 RECORD = Path(__file__).parent / "records" / "step_profile.json"
 PHASES = {
     "forward": "the network's forward pass",
     "backward": "and its backward pass",
     "capture": "hooks: inputs and output gradients are kept",
-    "unfold": "patches of the inputs, gradients brought into the same order",
+    "patches": "patches of the inputs, gradients brought into the same order",
     "factors": "second moments of both, running averages apart",
     "eigh": "eigenbases of the two factors",
     "move": "D carried into the new basis",
@@ -88,12 +88,11 @@ class Clock:
             (step, "backward", "backward"),
             (capture.ForwardHook, "__call__", "capture"),
             (capture.Capture, "receive", "capture"),
-            (capture.LayerBatch, "_inputs", "unfold"),
-            (capture.LayerBatch, "_gradients", "unfold"),
+            (capture.Examples, "pair", "patches"),
             (optimizer, "estimate_factors", "factors"),
             (curvature.LayerCurvature, "decompose", "eigh"),
             (curvature.LayerCurvature, "turn_to", "move"),
-            (statistics, "corrected_eigenvalues", "measure"),
+            (capture.Examples, "corrected_eigenvalues", "measure"),
             (optimizer, "_update", "update"),
         )
         with ExitStack() as stack:

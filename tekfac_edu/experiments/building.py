@@ -65,6 +65,9 @@ def build_optimizer(configuration, model):
         factor_decay=c.factor_decay,
         scale_decay=c.scale_decay,
         eigenbasis=c.eigenbasis,
+        factor_rows=c.factor_rows,
+        scale_examples=c.scale_examples,
+        stagger=c.stagger,
         lr_scale="sgd",
     )
 

@@ -53,6 +53,12 @@ class Configuration:
     damping_policy: Literal["constant", "trace"] = "constant"
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
     eigenbasis: Literal["eigh", "qr"] = "eigh"
+    factor_rows: float | None = None
+    """Factors from about so many examples times positions per input of a layer; None: from all."""
+    scale_examples: int | None = None
+    """Eigenvalues of ekfac and tekfac from so many examples of a batch; None: from all."""
+    stagger: bool = False
+    """Layers take turns over the interval, so that no step is slow."""
     held_out: bool = False
     """For tuning: a tenth of the training images takes the place of the test images."""
     train_images: int | None = None
@@ -81,7 +87,9 @@ class Configuration:
             checked[name] = whole_number(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
             checked[name] = whole_number(name, getattr(self, name), 0)
-        for name in ("width", "train_images", "test_images"):
+        if self.factor_rows is not None:
+            checked["factor_rows"] = real_number("factor_rows", self.factor_rows, above=0)
+        for name in ("width", "scale_examples", "train_images", "test_images"):
             if getattr(self, name) is not None:
                 checked[name] = whole_number(name, getattr(self, name), 1)
         if self.widths is not None:

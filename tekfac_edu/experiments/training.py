@@ -32,7 +32,7 @@ from tekfac_edu.experiments.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
-from tekfac_edu.experiments.configuration import DIGITS
+from tekfac_edu.experiments.configuration import DIGITS, Configuration
 from tekfac_edu.experiments.interruption import Interruption
 from tekfac_edu.experiments.processes import processes
 from tekfac_edu.experiments.records import FORMAT, circumstances, read_record, write_json
@@ -321,14 +321,8 @@ def _rounded(value):
 
 
 def _refuse_other(ours, theirs, folder):
-    other = {
-        name: (theirs.get(name), value)
-        for name, value in ours.items()
-        if (list(value) if isinstance(value, tuple) else value)
-        != (list(theirs[name]) if isinstance(theirs.get(name), tuple) else theirs.get(name))
-    }
+    theirs = Configuration.from_dict(theirs).as_dict()  # with settings it did not know yet
+    other = [name for name, value in ours.items() if theirs[name] != value]
     if other:
-        listed = ", ".join(
-            f"{name}: {was!r} there, {now!r} here" for name, (was, now) in other.items()
-        )
+        listed = ", ".join(f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in other)
         raise ValueError(f"{folder} holds another run ({listed}); give another folder")

@@ -25,8 +25,9 @@ from tekfac_edu.optim.layers import (
     batched,
     layer_gradients,
     layer_inputs,
-    num_positions,
+    positions_of,
 )
+from tekfac_edu.optim.patches import draw_grid
 from tekfac_edu.optim.rescaling import (
     convolution_gradients,
     corrected_eigenvalues,
@@ -155,37 +156,30 @@ class LayerBatch:
         ----------
         has_bias : of the layer.
         examples : of how many examples, the same share of every part; None, or too many: all.
-        rows : of how many examples times positions, at the same positions of all examples; None,
-            or too many: all.
-        generator : torch.Generator (on the CPU) that draws both.
+        rows : of how many examples times positions at least, on a grid of positions that is the
+            same for all examples; None, or too many: all.
+        generator : torch.Generator (on the CPU) that draws examples and the grid's offset.
         """
         for uses in self.parts:
             N = len(uses[0].x)
             scale = 1 if self.num_parts is None else N * self.num_parts
             share = None if examples is None else math.ceil(examples * N / self.num_examples)
-            chosen = _drawn(N, share, generator, uses[0].x.device)
-            per_use = None if rows is None else math.ceil(rows / self.num_examples / len(uses))
-            positions = [
-                _drawn(
-                    num_positions(self.module, use.gradients[0]), per_use, generator, use.x.device
-                )
-                for use in uses
-            ]
-            of_part = Examples(self.module, uses, scale, has_bias, positions, chosen)
+            chosen = None
+            if share is not None and share < N:
+                chosen = torch.randperm(N, generator=generator)[:share].to(uses[0].x.device)
+            grids = [None for _ in uses]
+            if rows is not None:
+                wanted = rows / self.num_examples / len(uses)
+                shapes = [positions_of(self.module, use.gradients[0]) for use in uses]
+                grids = [draw_grid(*shape, wanted, generator) for shape in shapes]
+            of_part = Examples(self.module, uses, scale, has_bias, grids, chosen)
             size = max(1, CHUNK // of_part.largest)
             if len(of_part) <= size:
                 yield of_part
                 continue
             chosen = torch.arange(N, device=uses[0].x.device) if chosen is None else chosen
             for few in chosen.split(size):
-                yield Examples(self.module, uses, scale, has_bias, positions, few)
-
-
-def _drawn(total, wanted, generator, device):
-    """So many of range(total), ascending, each as likely as the others; None for all."""
-    if wanted is None or wanted >= total:
-        return None
-    return torch.randperm(total, generator=generator)[:wanted].sort()[0].to(device)
+                yield Examples(self.module, uses, scale, has_bias, grids, few)
 
 
 class Examples:
@@ -195,55 +189,43 @@ class Examples:
     ----------
     module : the layer.   uses : its calls, list of `Use`.   has_bias : of the layer.
     scale : what the captured gradients are multiplied with to be the examples' own.
-    positions : for each use those that `pair` takes, (T',) int64 tensor, or None: all.
-    rows : (n,) int64 tensor of the examples; None: all.
+    grids : for each use the `Grid` of positions that `pair` takes; None: all.
+    chosen : (n,) int64 tensor of the examples; None: all.
     """
 
-    def __init__(self, module, uses, scale, has_bias, positions, rows):
+    def __init__(self, module, uses, scale, has_bias, grids, chosen):
         self.module, self.uses, self.scale, self.has_bias = module, uses, scale, has_bias
-        self.positions, self.rows = positions, rows
+        self.grids, self.chosen = grids, chosen
 
     def __len__(self):
-        return len(self.uses[0].x) if self.rows is None else len(self.rows)
-
-    @property
-    def largest(self):
-        """Numbers in the largest array per example."""
-        T = sum(
-            num_positions(self.module, use.gradients[0]) if chosen is None else len(chosen)
-            for use, chosen in zip(self.uses, self.positions, strict=True)
-        )
-        _, S, d_in, d_out = self.sizes
-        return max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1)
+        return len(self.uses[0].x) if self.chosen is None else len(self.chosen)
 
     @property
     def sizes(self):
         """T, of all positions, and S, d_in, d_out of the layer."""
         weight = self.module.weight
-        T = sum(num_positions(self.module, use.gradients[0]) for use in self.uses)
+        T = sum(math.prod(positions_of(self.module, use.gradients[0])) for use in self.uses)
         return T, len(self.uses[0].gradients), weight[0].numel() + self.has_bias, len(weight)
 
-    def pair(self):
-        """a: (n, T, d_in) and g: (S, n, T, d_out).
+    @property
+    def largest(self):
+        """Numbers in the largest array per example."""
+        T, S, d_in, d_out = self.sizes
+        return max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1)
 
-        If only T' of T positions are taken, the inputs are scaled by √(T / T'): means over examples
-        of sums over positions, of products of two a's, keep their expectation.
-        """
+    def pair(self):
+        """a: (n, T, d_in) and g: (S, n, T, d_out)."""
         a, g = [], []
-        for use, chosen in zip(self.uses, self.positions, strict=True):
-            inputs = layer_inputs(self.module, self._of(use.x), self.has_bias, chosen)
-            if chosen is not None:
-                T = num_positions(self.module, use.gradients[0])
-                inputs = inputs * (T / len(chosen)) ** 0.5
-            a.append(inputs)
-            vectors = [layer_gradients(self.module, self._of(v), chosen) for v in use.gradients]
+        for use, grid in zip(self.uses, self.grids, strict=True):
+            a.append(layer_inputs(self.module, self._of(use.x), self.has_bias, grid))
+            vectors = [layer_gradients(self.module, self._of(v), grid) for v in use.gradients]
             g.append(vectors[0][None] if len(vectors) == 1 else torch.stack(vectors))
         return _joined(a, 1), self.scale * _joined(g, 2)
 
     def corrected_eigenvalues(self, Q_in, Q_out):
         """D of these examples in a basis, as `rescaling.corrected_eigenvalues`; (d_out, d_in)."""
-        T, S, d_in, d_out = self.sizes
-        if isinstance(self.module, nn.Linear) or projecting_first_is_cheaper(T, d_in, d_out, S):
+        T, S, _, d_out = self.sizes
+        if isinstance(self.module, nn.Linear) or projecting_first_is_cheaper(T, d_out, S):
             return corrected_eigenvalues(*self.pair(), Q_in, Q_out)
         G = sum(
             convolution_gradients(
@@ -259,7 +241,7 @@ class Examples:
         return self.scale**2 * G.square().sum((0, 1)) / len(self)
 
     def _of(self, tensor):
-        return tensor if self.rows is None else tensor[self.rows]
+        return tensor if self.chosen is None else tensor[self.chosen]
 
 
 def _joined(tensors, axis):

@@ -159,9 +159,13 @@ def trace_restricted_factors(a, g):
     """
     a, g = layer_format(a, g)
     N = len(a)
-    trace_Lambda, trace_Gamma = a.square().sum(-1), g.square().sum(-1)
+    trace_Lambda, trace_Gamma = _squared_norms(a), _squared_norms(g)
     trace_Gamma_all = trace_Gamma.sum(0)
     delta = (trace_Lambda * trace_Gamma_all).sum() / N
     root_a = (a * (trace_Gamma_all[..., None] / N).sqrt()).flatten(0, 1)
     root_g = (g * (trace_Lambda[..., None] / N).sqrt()).flatten(0, 2)
     return TraceRestrictedFactors(delta, root_a.T @ root_a, root_g.T @ root_g)
+
+
+def _squared_norms(rows):
+    return torch.linalg.vector_norm(rows, dim=-1).square()

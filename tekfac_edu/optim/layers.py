@@ -40,37 +40,46 @@ def refusal(module):
     return None
 
 
-def layer_inputs(module, x, has_bias, positions=None):
+def layer_inputs(module, x, has_bias, grid=None):
     """A module's input as a: (N, T, d_in), in float32 or, if x has it, float64.
 
     Parameters
     ----------
     x : the tensor the module was called with; its first axis is the examples.
     has_bias : whether to append a 1, so that the bias is one more column of the weight.
-    positions : (T',) int64 tensor of those wanted; None: all.
+    grid : `Grid` of the positions wanted, all numbers times the root of its share: sums over
+        positions of products of two keep their expectation. None: all.
     """
     x = at_least_float32(x)
+    one = 1.0 if grid is None else math.sqrt(grid.share)
+    x = x if grid is None else one * x
     if isinstance(module, nn.Linear):
         a = x.reshape(len(x), -1, module.in_features)
-        a = a if positions is None else a[:, positions]
+        a = a if grid is None else a[:, grid.slices[1]]
     else:
-        a = patches(module, x, positions)
-    return functional.pad(a, (0, 1), value=1.0) if has_bias else a
+        a = patches(module, x, grid)
+    return functional.pad(a, (0, 1), value=one) if has_bias else a
 
 
-def layer_gradients(module, g, positions=None):
+def layer_gradients(module, g, grid=None):
     """The gradient at a module's output as (N, T, d_out), in float32 or float64."""
     g = at_least_float32(g)
     if isinstance(module, nn.Linear):
         g = g.reshape(len(g), -1, module.out_features)
-        return g if positions is None else g[:, positions]
-    g = g.flatten(2)
-    return (g if positions is None else g[:, :, positions]).mT
+        return g if grid is None else g[:, grid.slices[1]]
+    g = g[:, :, None] if isinstance(module, nn.Conv1d) else g
+    g = g if grid is None else g[:, :, *grid.slices]
+    return g.flatten(2).mT
 
 
-def num_positions(module, g):
-    """T, from the gradient at a module's output."""
-    return math.prod(g.shape[1:-1] if isinstance(module, nn.Linear) else g.shape[2:])
+def positions_of(module, g):
+    """(height, width) of the positions, from the gradient at a module's output; T is the product.
+
+    All but two-dimensional convolutions have height 1.
+    """
+    if isinstance(module, nn.Linear):
+        return 1, math.prod(g.shape[1:-1])
+    return (1, *g.shape[2:]) if isinstance(module, nn.Conv1d) else (*g.shape[2:],)
 
 
 def batched(module, tensor):

@@ -7,6 +7,9 @@
 T counts output positions, K kernel elements. A Conv1d is a convolution of images of height 1.
 """
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -19,24 +22,65 @@ PADDING_MODES = {
 }
 
 
-def patches(module, x, positions=None):
+@dataclass(frozen=True)
+class Grid:
+    """Every so many of the positions in both directions, from an offset on.
+
+    Attributes
+    ----------
+    steps, offsets : (down, right). A step divides the number of positions in its direction, so that
+        with an offset drawn from range(step) every position is as likely as the others.
+    """
+
+    steps: tuple
+    offsets: tuple
+
+    @property
+    def slices(self):
+        """Along the axes of height and width."""
+        return tuple(slice(o, None, s) for o, s in zip(self.offsets, self.steps, strict=True))
+
+    @property
+    def share(self):
+        """How many positions there are for each of the grid."""
+        return math.prod(self.steps)
+
+
+def draw_grid(height, width, wanted, generator):
+    """The coarsest `Grid` with at least `wanted` of height · width positions; None for all of them.
+
+    generator : torch.Generator (on the CPU) that draws the offset.
+    """
+    grids = [
+        (down, right)
+        for down in _divisors(height)
+        for right in _divisors(width)
+        if (height // down) * (width // right) >= wanted
+    ]
+    # of equally coarse ones the squarest
+    steps = max(grids, key=lambda s: (s[0] * s[1], -max(s)), default=(1, 1))
+    if steps == (1, 1):
+        return None
+    return Grid(steps, tuple(int(torch.randint(s, (), generator=generator)) for s in steps))
+
+
+def _divisors(number):
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def patches(module, x, grid=None):
     """(N, C, *image) -> (N, T, C · kernel elements), in the order of the flattened weight.
 
-    positions : (T',) int64 tensor of those wanted; None: all.
+    In memory a column of it, over all examples and positions, lies together.
+
+    grid : `Grid` of the positions wanted; None: all.
     """
     x, kernel, stride, dilation = _as_images(module, x)
-    if positions is None:
-        windows = _windows(x, kernel, stride, dilation).permute(0, 1, 4, 5, 2, 3)
-        return windows.reshape(len(x), x.shape[1] * kernel[0] * kernel[1], -1).mT
-    width = _outputs(x.shape[3], kernel[1], stride[1], dilation[1])
-    top, left = positions // width * stride[0], positions % width * stride[1]
-    rows = torch.arange(kernel[0], device=x.device)[:, None] * dilation[0]
-    columns = torch.arange(kernel[1], device=x.device) * dilation[1]
-    corner = top * x.shape[3] + left
-    inside = (rows * x.shape[3] + columns).flatten()
-    pixels = x.flatten(2).index_select(2, (corner[:, None] + inside).flatten())
-    pixels = pixels.unflatten(2, (len(positions), len(inside)))
-    return pixels.transpose(1, 2).flatten(2)
+    windows = _windows(x, kernel, stride, dilation)
+    windows = windows if grid is None else windows[:, :, *grid.slices]
+    N, C, height, width, *_ = windows.shape
+    columns = windows.permute(1, 4, 5, 0, 2, 3).reshape(C * math.prod(kernel), N, height * width)
+    return columns.permute(1, 2, 0)
 
 
 def kernel_rows(module, x):

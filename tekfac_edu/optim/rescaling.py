@@ -4,8 +4,8 @@
 
 EKFAC calls it S*, TEKFAC calls it Θ. With T positions there are two orders of computing it:
 
-    project, then form      N·T·(d_in² + d_out² + d_in·d_out)       multiplications per vector
-    form, then project      N·(T·d_in·d_out + d_out²·d_in + d_out·d_in²)
+    project, then form      N·(T·d_in² + S·T·d_out² + S·T·d_in·d_out)    multiplications
+    form, then project      N·S·(T·d_out² + T·d_in·d_out + d_out·d_in²)  (g is projected at once)
 
 The second is far cheaper when T is large, and for a convolution needs no patches. With T = 1
 nothing needs to be formed: G_n has rank one and D = ((g Q_out)²)ᵀ ((a Q_in)²) / N, one product.
@@ -29,15 +29,15 @@ def corrected_eigenvalues(a, g, Q_in, Q_out):
     (d_out, d_in) tensor, >= 0. Its sum is tr F, in every basis.
     """
     a, g = layer_format(a, g)
-    N, T, d_in = a.shape
-    d_out = g.shape[-1]
+    N, T, _ = a.shape
     if T == 1:
         g_squared = (g @ Q_out).square().sum(0)
         return g_squared[:, 0].T @ (a @ Q_in)[:, 0].square() / N
-    if projecting_first_is_cheaper(T, d_in, d_out, len(g)):
-        G = (g @ Q_out).mT @ (a @ Q_in)
+    g = g @ Q_out
+    if projecting_first_is_cheaper(T, len(Q_out), len(g)):
+        G = g.mT @ (a @ Q_in)
     else:
-        G = Q_out.T @ (g.mT @ a) @ Q_in
+        G = (g.mT @ a) @ Q_in
     return G.square().sum((0, 1)) / N
 
 
@@ -64,11 +64,9 @@ def convolution_gradients(module, x, g, has_bias, Q_in, Q_out):
     return G.view(S, N, d_out, -1)
 
 
-def projecting_first_is_cheaper(T, d_in, d_out, S=1):
+def projecting_first_is_cheaper(T, d_out, S=1):
     """Whether to project a and g before forming S gradients per example, or the other way round."""
-    project_a_and_g = T * (d_in**2 + S * d_out**2)
-    project_gradients = S * (d_out**2 * d_in + d_out * d_in**2)
-    return project_a_and_g < project_gradients
+    return T < S * d_out
 
 
 def move_eigenvalues(D, Q_in_old, Q_out_old, Q_in_new, Q_out_new):
