@@ -1,0 +1,261 @@
+"""What cheaper statistics cost: distance to the exact preconditioner, and training curves.
+
+    python benchmarks/accuracy.py --data-folder FOLDER                  (an hour on one core)
+    python benchmarks/accuracy.py --data-folder FOLDER --device cuda --at-once 12
+
+distance    One TEKFAC trains ResNet20 on CIFAR-10. Beside it, on the same weights, gradients and
+            batches, others keep cheaper statistics and never move a weight. Every interval all
+            precondition the same gradient: ‖direction − exact direction‖ / ‖exact direction‖. To
+            compare with: the exact method, whose statistics come from other batches.
+curves      The race cifar10-mini with TEKFAC's tuned settings, one thing changed at a time.
+
+The record is records/accuracy.json: device, versions, commit, command, date, and all numbers.
+"""
+
+import copy
+import datetime
+import statistics
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from tabulate import tabulate
+from torch.nn.functional import cross_entropy
+
+from tekfac_edu.data.batches import Batches
+from tekfac_edu.experiments.building import build_images, build_model, build_optimizer
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.presets import PRESETS
+from tekfac_edu.experiments.records import FORMAT, circumstances, read_races, write_json
+from tekfac_edu.experiments.side_by_side import one_run, side_by_side
+from tekfac_edu.experiments.training import train
+
+RECORDS = Path(__file__).parent / "records"
+VARIANTS = {
+    "exact": {},
+    "rows 16": {"factor_rows": 16},
+    "rows 4": {"factor_rows": 4},
+    "rows 1": {"factor_rows": 1},
+    "scale 64": {"scale_examples": 64},
+    "scale 32": {"scale_examples": 32},
+    "scale 8": {"scale_examples": 8},
+    "rows 4, scale 32": {"factor_rows": 4, "scale_examples": 32},
+    "qr": {"eigenbasis": "qr"},
+    "rows 4, scale 32, qr": {"factor_rows": 4, "scale_examples": 32, "eigenbasis": "qr"},
+}
+ORDER_ONLY = {  # what does not change a statistic, but when it is taken
+    "turns": {"stagger": True},
+    "turns, rows 4, scale 32": {"stagger": True, "factor_rows": 4, "scale_examples": 32},
+    "turns, rows 4, scale 32, qr": {
+        "stagger": True,
+        "factor_rows": 4,
+        "scale_examples": 32,
+        "eigenbasis": "qr",
+    },
+    "no warm-up": {"warmup_steps": 0},
+    "interval 100": {"interval": 100},
+}
+
+
+def main(
+    parts: tuple[Literal["distance", "curves"], ...] = ("distance", "curves"),
+    data_folder: Path | None = None,
+    device: Literal["cpu", "cuda"] = "cpu",
+    seeds: tuple[int, ...] = (0, 1, 2, 3),
+    at_once: int = 1,
+    steps: int = 200,
+    width: int | None = None,
+    epochs: int | None = None,
+    train_images: int | None = None,
+    runs: Path = Path("runs/accuracy"),
+    record: Path = RECORDS / "accuracy.json",
+):
+    """Measure both parts.
+
+    Args:
+        parts: which.
+        data_folder: Parquet files of CIFAR-10; default: download once.
+        device: cpu or cuda.
+        seeds: of the curves.
+        at_once: runs side by side.
+        steps: of the distances.
+        width: of the network whose distances are measured; default: as published, 16.
+        epochs: of the curves; default: the preset's.
+        train_images: of CIFAR-10, of the curves; default: all in the folder.
+        runs: where the curves' runs are kept.
+        record: where the record goes.
+    """
+    folder = data_folder and str(data_folder)
+    settings = tuned()
+    content = {
+        "format": FORMAT,
+        **circumstances(device),
+        "command": " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "variants": VARIANTS | ORDER_ONLY,
+    }
+    if "distance" in parts:
+        configuration = PRESETS["cifar10-mini"].base.replace(
+            **settings, optimizer="tekfac", width=width, interval=10, warmup_steps=0
+        )
+        content["distance"] = distances(configuration, steps, folder, device)
+        print(distance_table(content["distance"]), flush=True)
+    if "curves" in parts:
+        base = PRESETS["cifar10-mini"].base
+        base = base.replace(
+            **settings,
+            optimizer="tekfac",
+            epochs=epochs or base.epochs,
+            train_images=train_images,
+        )
+        content["curves"] = curves(base, seeds, runs, at_once, folder, device)
+        print(curves_table(content["curves"]), flush=True)
+    write_json(record, content)
+
+
+def tuned():
+    """lr, damping and weight decay of TEKFAC in the race cifar10-mini."""
+    runs, _ = read_races([RECORDS / "cifar10_mini.json"])
+    settings = next(
+        run["configuration"] for run in runs if run["configuration"]["optimizer"] == "tekfac"
+    )
+    return {name: settings[name] for name in ("lr", "damping", "weight_decay")}
+
+
+def distances(configuration, steps, folder, device):
+    """Per variant, at the end of each interval, the distance over all factored weights.
+
+    Returns
+    -------
+    dict: configuration, steps (those measured at), distance: {variant: list}
+    """
+    images = build_images(configuration, folder, device)
+    model = build_model(configuration, images).to(device)
+    twin = copy.deepcopy(model)
+    leader = build_optimizer(configuration, model)
+    watchers = {
+        name: build_optimizer(configuration.replace(**changes), model)
+        for name, changes in VARIANTS.items()
+        if changes
+    }
+    watchers["exact, other batches"] = build_optimizer(configuration, twin)
+    for watcher in watchers.values():
+        for group in watcher.param_groups:
+            group["lr"], group["momentum"] = 0.0, 0.0
+    batches = endless(Batches(images, configuration.batch_size, True, seed=0))
+    others = endless(Batches(images, configuration.batch_size, True, seed=1))
+    found = {name: [] for name in watchers}
+    measured = []
+    for step in range(1, steps + 1):
+        twin.load_state_dict(model.state_dict())
+        for network, (x, y) in ((model, next(batches)), (twin, next(others))):
+            for optimizer in (leader, *watchers.values()):
+                if optimizer.layers[0].module in set(network.modules()):
+                    optimizer.zero_grad()
+            cross_entropy(network(x), y).backward()
+        for watcher in watchers.values():
+            watcher.step()
+        due = step % configuration.interval == 0
+        if due:
+            gradients = [gradient(layer) for layer in leader.layers]
+        leader.step()
+        if due:
+            measured.append(step)
+            exact = directions(leader, gradients)
+            for name, watcher in watchers.items():
+                other = directions(watcher, gradients)
+                found[name].append(float(f"{((other - exact).norm() / exact.norm()).item():.4g}"))
+    return {"configuration": configuration.as_dict(), "steps": measured, "distance": found}
+
+
+def gradient(layer):
+    """M of a layer, kept."""
+    weight = layer.weight.grad.flatten(1)
+    return torch.cat([weight, layer.bias.grad[:, None]], 1) if layer.has_bias else weight.clone()
+
+
+def directions(optimizer, gradients):
+    """All preconditioned, in one vector."""
+    return torch.cat(
+        [
+            optimizer.precondition(layer.module, M).flatten()
+            for layer, M in zip(optimizer.layers, gradients, strict=True)
+        ]
+    )
+
+
+def endless(batches):
+    """Epoch after epoch."""
+    epoch = 0
+    while True:
+        yield from batches.epoch(epoch)
+        epoch += 1
+
+
+def curves(base: Configuration, seeds, folder, at_once, data_folder, device):
+    """Every variant with every seed, seed by seed.
+
+    Returns
+    -------
+    list of dict: variant, seed, train_loss per epoch, test_score per epoch, seconds
+    """
+    how = {"data_folder": data_folder, "device": device, "bar": False}
+    planned = [
+        (name, base.replace(**changes, seed=seed))
+        for seed in seeds
+        for name, changes in (VARIANTS | ORDER_ONLY).items()
+    ]
+    places = [Path(folder) / name / configuration.name for name, configuration in planned]
+    if at_once == 1:
+        done = [train(c, place, **how) for (_, c), place in zip(planned, places, strict=True)]
+    else:
+        lines = [one_run(c, place, how) for (_, c), place in zip(planned, places, strict=True)]
+        done = side_by_side(lines, at_once)
+    return [
+        {
+            "variant": name,
+            "seed": configuration.seed,
+            "status": run["status"],
+            "train_loss": [epoch["train_loss"] for epoch in run["epochs"]],
+            "test_score": [epoch["test_score"] for epoch in run["epochs"]],
+            "cpu_seconds": run["epochs"][-1]["cpu_seconds"],
+        }
+        for (name, configuration), run in zip(planned, done, strict=True)
+    ]
+
+
+def distance_table(measured):
+    """Median and largest over the second half of the steps."""
+    rows = []
+    for name, values in measured["distance"].items():
+        late = values[len(values) // 2 :]
+        rows.append([name, f"{statistics.median(late):.3f}", f"{max(late):.3f}"])
+    return tabulate(rows, ["statistics", "median distance", "largest"], disable_numparse=True)
+
+
+def curves_table(runs):
+    """Mean and standard deviation over seeds of the last epoch, and pairwise against exact."""
+    last = {}
+    for run in runs:
+        if run["status"] == "finished":
+            last.setdefault(run["variant"], {})[run["seed"]] = run["train_loss"][-1]
+    rows = []
+    for name, by_seed in last.items():
+        against = [by_seed[seed] - last["exact"][seed] for seed in by_seed if seed in last["exact"]]
+        spread = statistics.stdev(by_seed.values()) if len(by_seed) > 1 else 0.0
+        apart = statistics.stdev(against) / len(against) ** 0.5 if len(against) > 1 else 0.0
+        rows.append(
+            [
+                name,
+                f"{statistics.mean(by_seed.values()):.3f} ± {spread:.3f}",
+                f"{statistics.mean(against):+.3f} ± {apart:.3f}",
+            ]
+        )
+    headers = ["statistics", "last training loss", "minus exact, s.e."]
+    return tabulate(rows, headers, disable_numparse=True)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
