@@ -43,6 +43,7 @@ VARIANTS = {
     "scale 8": {"scale_examples": 8},
     "rows 4, scale 32": {"factor_rows": 4, "scale_examples": 32},
     "qr": {"eigenbasis": "qr"},
+    "bfloat16": {"precision": "bfloat16"},
     "rows 4, scale 32, qr": {"factor_rows": 4, "scale_examples": 32, "eigenbasis": "qr"},
 }
 ORDER_ONLY = {  # what does not change a statistic, but when it is taken
@@ -54,6 +55,12 @@ ORDER_ONLY = {  # what does not change a statistic, but when it is taken
         "scale_examples": 32,
         "eigenbasis": "qr",
     },
+    "turns, rows 2, scale 32, bfloat16": {
+        "stagger": True,
+        "factor_rows": 2,
+        "scale_examples": 32,
+        "precision": "bfloat16",
+    },
     "no warm-up": {"warmup_steps": 0},
     "interval 100": {"interval": 100},
 }
@@ -63,6 +70,7 @@ def main(
     parts: tuple[Literal["distance", "curves"], ...] = ("distance", "curves"),
     data_folder: Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
+    variants: tuple[str, ...] = tuple(VARIANTS | ORDER_ONLY),
     seeds: tuple[int, ...] = (0, 1, 2, 3),
     at_once: int = 1,
     steps: int = 200,
@@ -78,6 +86,7 @@ def main(
         parts: which.
         data_folder: Parquet files of CIFAR-10; default: download once.
         device: cpu or cuda.
+        variants: of the curves.
         seeds: of the curves.
         at_once: runs side by side.
         steps: of the distances.
@@ -110,7 +119,7 @@ def main(
             epochs=epochs or base.epochs,
             train_images=train_images,
         )
-        content["curves"] = curves(base, seeds, runs, at_once, folder, device)
+        content["curves"] = curves(base, variants, seeds, runs, at_once, folder, device)
         print(curves_table(content["curves"]), flush=True)
     write_json(record, content)
 
@@ -194,7 +203,7 @@ def endless(batches):
         epoch += 1
 
 
-def curves(base: Configuration, seeds, folder, at_once, data_folder, device):
+def curves(base: Configuration, variants, seeds, folder, at_once, data_folder, device):
     """Every variant with every seed, seed by seed.
 
     Returns
@@ -206,6 +215,7 @@ def curves(base: Configuration, seeds, folder, at_once, data_folder, device):
         (name, base.replace(**changes, seed=seed))
         for seed in seeds
         for name, changes in (VARIANTS | ORDER_ONLY).items()
+        if name in variants
     ]
     places = [Path(folder) / name / configuration.name for name, configuration in planned]
     if at_once == 1:

@@ -68,6 +68,7 @@ def build_optimizer(configuration, model):
         factor_rows=c.factor_rows,
         scale_examples=c.scale_examples,
         stagger=c.stagger,
+        precision=c.precision,
         lr_scale="sgd",
     )
 

@@ -59,6 +59,8 @@ class Configuration:
     """Eigenvalues of ekfac and tekfac from so many examples of a batch; None: from all."""
     stagger: bool = False
     """Layers take turns over the interval, so that no step is slow."""
+    precision: Literal["full", "bfloat16"] = "full"
+    """Of the products that precondition a gradient."""
     held_out: bool = False
     """For tuning: a tenth of the training images takes the place of the test images."""
     train_images: int | None = None

@@ -5,11 +5,22 @@ import threading
 
 
 class Interruption:
-    """While the block lasts, the signals set `asked`; only the main thread can receive them."""
+    """While the block lasts, the signals set `asked`; only the main thread can receive them.
+
+    Further SIGTERMs change nothing: `timeout` and job schedulers send several. Where no signal
+    arrives, as in a worker process, `everywhere` asks every block, also those to come.
+    """
+
+    everywhere = threading.Event()
 
     def __init__(self):
-        self.asked = False
+        self.signalled = False
         self.before = {}
+
+    @property
+    def asked(self):
+        """Whether to stop."""
+        return self.signalled or self.everywhere.is_set()
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -22,6 +33,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _ask(self, number, frame):
-        if self.asked:
+        if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = True
+        self.signalled = True

@@ -1,8 +1,8 @@
 """Many runs at once on one device: worker processes, each with one run at a time.
 
-A worker keeps its decoded images from one run to the next. Ctrl-C reaches none of them: the parent
-asks each with one SIGTERM, and each saves its run; a second Ctrl-C kills them. A worker whose
-parent has died saves its run and goes, too.
+A worker keeps its decoded images from one run to the next. Ctrl-C and SIGTERM reach none of them,
+even if sent to all: the parent lets go of each worker's leash, and each saves its run; a second
+Ctrl-C kills them. A parent that dies lets go, too.
 """
 
 import multiprocessing
@@ -109,6 +109,7 @@ def side_by_side(lines, at_once, function=None):
             for worker in busy:  # a second Ctrl-C
                 worker.process.kill()
             for worker in crew:
+                worker.leash.close()
                 worker.pipe.close()
             for worker in crew:
                 worker.process.join()
@@ -121,14 +122,20 @@ def train_with(configuration, folder, how):
 
 
 class Worker:
-    """A process and the pipe to it."""
+    """A process, the pipe to it, and its leash: a pipe that says "stop" by being closed."""
 
     def __init__(self, threads):
         self.pipe, theirs = CONTEXT.Pipe()
-        self.process = CONTEXT.Process(target=_work, args=(theirs, threads), daemon=True)
-        with _without_ctrl_c():
-            self.process.start()
+        held, self.leash = CONTEXT.Pipe(duplex=False)
+        self.process = CONTEXT.Process(target=_work, args=(theirs, held, threads), daemon=True)
+        try:
+            with _deaf():
+                self.process.start()
+        except BaseException:  # a second Ctrl-C: nobody will know this worker
+            self.pipe.close()
+            raise
         theirs.close()
+        held.close()
 
     def begin(self, name, function, arguments):
         """Let it call the function."""
@@ -165,13 +172,11 @@ def _ready(busy):
 def _stop(busy):
     """Ask all to save their runs, wait for it, and return what they say."""
     for worker in busy:
-        worker.process.terminate()
+        worker.leash.close()
     said = []
     for worker in list(busy):
         try:
             worker.answer(busy[worker][1])
-        except ChildProcessError:  # stopped before it trained
-            pass
         except Exception as error:
             said.append(str(error))
         del busy[worker]
@@ -179,13 +184,13 @@ def _stop(busy):
 
 
 @contextmanager
-def _without_ctrl_c():
-    """Processes begun in this block never get SIGINT, not even while they import."""
+def _deaf():
+    """Processes begun in this block never get SIGINT or SIGTERM, not even while they import."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # else it begins in the block, and lets SIGINT in again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # else it begins in the block, and lets both in again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
@@ -195,9 +200,9 @@ def _without_ctrl_c():
 # in the worker
 
 
-def _work(pipe, threads):
+def _work(pipe, leash, threads):
     torch.set_num_threads(threads)
-    threading.Thread(target=_stop_with_parent, daemon=True).start()
+    threading.Thread(target=_stop_when_let_go, args=(leash,), daemon=True).start()
     while True:
         try:
             function, arguments = pipe.recv()
@@ -205,7 +210,8 @@ def _work(pipe, threads):
             return
         returned = raised = None
         try:
-            returned = function(*arguments)
+            if not Interruption.everywhere.is_set():  # else it is too late to begin
+                returned = function(*arguments)
         except BaseException as error:
             error.add_note(traceback.format_exc())  # where it was raised
             raised = error
@@ -215,6 +221,6 @@ def _work(pipe, threads):
             return
 
 
-def _stop_with_parent():
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+def _stop_when_let_go(leash):
+    connection.wait([leash])  # nothing is ever sent
+    Interruption.everywhere.set()

@@ -60,6 +60,8 @@ class Capture:
     Attributes
     ----------
     wanted : set of the modules from which the next step takes statistics; assign it.
+    fisher_asked : whether `accumulate_fisher` was called since the last step; it says so.
+    seen : whether any of the modules was called in training mode since the last step.
     """
 
     def __init__(self, modules, from_backward):
@@ -67,6 +69,7 @@ class Capture:
         self.from_backward = from_backward
         self.uses = []
         self.fisher_passes = 0
+        self.fisher_asked = self.seen = False
         self._in_fisher_pass = False
         self._canonical = {}  # part -> the part it turned out to belong to
         for module in modules:
@@ -78,6 +81,7 @@ class Capture:
     def clear(self):
         """Forget everything captured."""
         self.uses, self._canonical, self.fisher_passes = [], {}, 0
+        self.fisher_asked = self.seen = False
 
     @contextmanager
     def fisher_pass(self):
@@ -157,29 +161,30 @@ class LayerBatch:
         has_bias : of the layer.
         examples : of how many examples, the same share of every part; None, or too many: all.
         rows : of how many examples times positions at least, on a grid of positions that is the
-            same for all examples; None, or too many: all.
+            same for all examples; None, too many, or calls of unequal size: all.
         generator : torch.Generator (on the CPU) that draws examples and the grid's offset.
         """
         for uses in self.parts:
             N = len(uses[0].x)
             scale = 1 if self.num_parts is None else N * self.num_parts
             share = None if examples is None else math.ceil(examples * N / self.num_examples)
-            chosen = None
+            chosen, stands_for = None, 1
             if share is not None and share < N:
-                chosen = torch.randperm(N, generator=generator)[:share].to(uses[0].x.device)
+                order = torch.randperm(N, generator=generator, device="cpu")
+                chosen, stands_for = order[:share].to(uses[0].x.device), N / share
             grids = [None for _ in uses]
-            if rows is not None:
+            shapes = [positions_of(self.module, use.gradients[0]) for use in uses]
+            if rows is not None and len(set(shapes)) == 1:  # grids of one share
                 wanted = rows / self.num_examples / len(uses)
-                shapes = [positions_of(self.module, use.gradients[0]) for use in uses]
                 grids = [draw_grid(*shape, wanted, generator) for shape in shapes]
-            of_part = Examples(self.module, uses, scale, has_bias, grids, chosen)
+            of_part = Examples(self.module, uses, scale, has_bias, grids, chosen, stands_for)
             size = max(1, CHUNK // of_part.largest)
             if len(of_part) <= size:
                 yield of_part
                 continue
             chosen = torch.arange(N, device=uses[0].x.device) if chosen is None else chosen
             for few in chosen.split(size):
-                yield Examples(self.module, uses, scale, has_bias, grids, few)
+                yield Examples(self.module, uses, scale, has_bias, grids, few, stands_for)
 
 
 class Examples:
@@ -191,14 +196,20 @@ class Examples:
     scale : what the captured gradients are multiplied with to be the examples' own.
     grids : for each use the `Grid` of positions that `pair` takes; None: all.
     chosen : (n,) int64 tensor of the examples; None: all.
+    stands_for : how many examples of the part each of them counts for.
     """
 
-    def __init__(self, module, uses, scale, has_bias, grids, chosen):
+    def __init__(self, module, uses, scale, has_bias, grids, chosen, stands_for):
         self.module, self.uses, self.scale, self.has_bias = module, uses, scale, has_bias
-        self.grids, self.chosen = grids, chosen
+        self.grids, self.chosen, self.stands_for = grids, chosen, stands_for
 
     def __len__(self):
         return len(self.uses[0].x) if self.chosen is None else len(self.chosen)
+
+    @property
+    def weight(self):
+        """How many examples of the batch they stand for."""
+        return self.stands_for * len(self)
 
     @property
     def sizes(self):
@@ -258,9 +269,12 @@ class ForwardHook:
 
     def __call__(self, module, args, kwargs, output):
         alive = self.capture()
-        if alive is None or module not in alive.wanted:
+        if alive is None or not alive.wanted:
             return
         if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+            return
+        alive.seen = True
+        if module not in alive.wanted:
             return
         x = args[0] if args else kwargs["input"]
         # The network's own inputs may be in a buffer that is filled again before the step.

@@ -128,11 +128,11 @@ class LayerCurvature:
             self.factors = factors_from(tensors)
 
 
-def preconditioned(curvatures, matrices, dampings, rule):
+def preconditioned(curvatures, matrices, dampings, rule, precision="full"):
     """The damped inverse of each curvature applied to its matrix; those of one shape in one go.
 
     curvatures : list of LayerCurvature, ready.   matrices : list of (d_out, d_in) tensors.
-    dampings : list of λ.   rule : damping rule.
+    dampings : list of λ.   rule : damping rule.   precision : as for `precondition`.
     """
     alike = {}
     for i, M in enumerate(matrices):
@@ -147,7 +147,7 @@ def preconditioned(curvatures, matrices, dampings, rule):
             [curvature.Q_out for curvature in some],
             D,
         )
-        found = precondition(*map(_stacked, stacks))
+        found = precondition(*map(_stacked, stacks), precision)
         for i, result in zip(members, found, strict=True):
             results[i] = result
     return results

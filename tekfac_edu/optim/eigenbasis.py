@@ -75,6 +75,13 @@ def qr_iteration(S, Q):
     return Q_new * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q_new.dtype)
 
 
-def precondition(M, Q_in, Q_out, D_damped):
-    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: (..., d_out, d_in) -> (..., d_out, d_in)."""
-    return Q_out @ ((Q_out.mT @ M @ Q_in) / D_damped) @ Q_in.mT
+def precondition(M, Q_in, Q_out, D_damped, precision="full"):
+    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: (..., d_out, d_in) -> (..., d_out, d_in).
+
+    precision : "bfloat16": factors of the four products are rounded to it, and divided is in full.
+    """
+    if precision == "full":
+        return Q_out @ ((Q_out.mT @ M @ Q_in) / D_damped) @ Q_in.mT
+    Q_in, Q_out = Q_in.bfloat16(), Q_out.bfloat16()
+    rotated = (Q_out.mT @ M.bfloat16() @ Q_in).to(D_damped.dtype)
+    return (Q_out @ (rotated / D_damped).bfloat16() @ Q_in.mT).to(M.dtype)

@@ -71,6 +71,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         factor_rows=None,
         scale_examples=None,
         stagger=False,
+        precision="full",
         lr_scale="natural",
         lr_other=None,
         plain_sgd=(),
@@ -109,6 +110,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             of EKFAC and TEKFAC are measured; None: all.
         stagger : layers take turns: each is refreshed at its own steps of the interval, so that no
             step is slow. The first step, and those of the warm-up, refresh all layers.
+        precision : "full", or "bfloat16": of the four products that precondition a gradient, each
+            step, on hardware that multiplies it faster.
         lr_scale : "natural", or "sgd": the direction is multiplied by the damping, so that lr means
             in flat directions what it means for SGD.
         lr_other : learning rate of the parameters that are not factored; None: lr under "sgd",
@@ -163,6 +166,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         if not isinstance(stagger, bool):
             raise ValueError(f"stagger must be True or False; got {stagger!r}")
         self.stagger = stagger
+        self.precision = one_of("precision", precision, ("full", "bfloat16"))
         self.lr_scale = one_of("lr_scale", lr_scale, ("natural", "sgd"))
         ranks_of(process_group)
         self.process_group = process_group
@@ -267,6 +271,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             raise ValueError(f"outputs must be (N, C); their shape is {(*outputs.shape,)}")
         if not outputs.requires_grad:
             raise RuntimeError("outputs have no graph: call accumulate_fisher before backward()")
+        self.capture.fisher_asked = True
         weights = [
             layer.weight
             for layer in self.layers
@@ -282,7 +287,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         with self.capture.fisher_pass():
             for vector in vectors:
                 send_back(outputs, weights, vector)
-        if len(self.capture.uses) == before:
+        all_wanted = len(self.capture.wanted) == len(self.layers)
+        if len(self.capture.uses) == before and (all_wanted or not self.capture.seen):
             raise RuntimeError(
                 "outputs come from no factored module in training mode, or have been used already"
             )
@@ -387,6 +393,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             [gradients[layer] for layer in ready],
             [dampings[layer] for layer in ready],
             self.damping_rule,
+            self.precision,
         )
         for layer, direction in zip(ready, found, strict=True):
             by_sgd = self.lr_scale == "sgd"
@@ -450,7 +457,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         with torch.no_grad(), torch.autocast(M.device.type, enabled=False):
             M = M.to(curvature.Q_in.dtype)
             damping = self.dampings()[layer]
-            return preconditioned([curvature], [M], [damping], self.damping_rule)[0]
+            rule = self.damping_rule
+            return preconditioned([curvature], [M], [damping], rule, self.precision)[0]
 
     def report(self):
         """What each layer's preconditioner does at present; print it, or read `.rows`."""
@@ -528,6 +536,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "factor_rows",
                 "scale_examples",
                 "stagger",
+                "precision",
                 "lr_scale",
             )
         )

@@ -61,7 +61,9 @@ def draw_grid(height, width, wanted, generator):
     steps = max(grids, key=lambda s: (s[0] * s[1], -max(s)), default=(1, 1))
     if steps == (1, 1):
         return None
-    return Grid(steps, tuple(int(torch.randint(s, (), generator=generator)) for s in steps))
+    return Grid(
+        steps, tuple(int(torch.randint(s, (), generator=generator, device="cpu")) for s in steps)
+    )
 
 
 def _divisors(number):

@@ -48,7 +48,8 @@ def refuse_missing_statistics(optimizer, gradients, batches):
 
     gradients : dict Layer -> M.   batches : dict module -> LayerBatch.
     """
-    if optimizer.fisher != "empirical" and optimizer.capture.wanted and not batches:
+    capture = optimizer.capture
+    if optimizer.fisher != "empirical" and capture.wanted and not capture.fisher_asked:
         raise RuntimeError(
             f'fisher="{optimizer.fisher}" needs optimizer.accumulate_fisher(outputs) between the '
             f"forward and the backward pass, after zero_grad; this step takes statistics, and it "

@@ -151,7 +151,7 @@ class Refresh:
             total = none(layer, partial(torch.zeros, dtype=dtype, device=weight.device))
         else:
             for examples in chunks(layer, batch):
-                n = len(examples)
+                n = examples.weight
                 new = of(layer, examples)
                 total = {k: n * t if total is None else total[k] + n * t for k, t in new.items()}
                 count += n
