@@ -70,16 +70,16 @@ def contestants_of(configuration, images, device, optimizers, peers, options):
     Parameters
     ----------
     configuration : Configuration, for all of them. peers: {name: function}, as in `peers.py`.
-    options : of the constructors of ours, beside the configuration's.
+    options : of the constructors of ours; with any, each of ours runs both without and with them.
     """
     steps, failed = {}, {}
     for name in ("sgd", *(name for name in optimizers if name != "sgd")):
-        step = contestant(configuration.replace(optimizer=name), images, device)
+        steps[NAMES[name]] = contestant(configuration.replace(optimizer=name), images, device)
         if options and name in KRONECKER:
             model = build_model(configuration, images).to(device)
             optimizer = ours(name, model, configuration.interval, configuration.lr, options)
-            step = TrainingStep(model, optimizer, step.loss)
-        steps[NAMES[name]] = step
+            loss = task_of(configuration).loss
+            steps[f"{NAMES[name]}, options"] = TrainingStep(model, optimizer, loss)
     for name, make in peers.items():
         model = build_model(configuration, images).to(device)
         try:
@@ -295,10 +295,10 @@ def multiplications(layers, N, eigh_cost):
         total["bases"] += eigh_cost * (d_in**3 + d_out**3)
         if T == 1:
             total["eigenvalues"] += N * (d_in**2 + d_out**2 + d_in * d_out)
-        elif projecting_first_is_cheaper(T, d_in, d_out):
+        elif projecting_first_is_cheaper(T, d_out):
             total["eigenvalues"] += N * T * (d_in**2 + d_out**2 + d_in * d_out)
         else:
-            total["eigenvalues"] += N * (T * d_in * d_out + both)
+            total["eigenvalues"] += N * (T * (d_out**2 + d_in * d_out) + d_out * d_in**2)
     return total
 
 

@@ -101,7 +101,8 @@ def test_the_options_reach_ours():
     images = speed.blank_images((1, 28, 28))
     options = {"eigenbasis": "qr", "eigen_interval": 4}
     steps, _ = speed.contestants_of(SMALL, images, torch.device("cpu"), ("tekfac",), {}, options)
-    optimizer = steps["TEKFAC"].optimizer
+    optimizer = steps["TEKFAC, options"].optimizer
+    assert steps["TEKFAC"].optimizer.eigenbasis == "eigh"
     assert (optimizer.eigenbasis, optimizer.eigen_interval) == ("qr", 4)
     assert (optimizer.factor_interval, optimizer.warmup_steps) == (2, 0)
     assert optimizer.lr_scale == "sgd" and isinstance(steps["SGD"].optimizer, torch.optim.SGD)
@@ -139,7 +140,7 @@ def test_counts_by_hand():
         "bases": 10 * (27 + 8),
         "eigenvalues": 5 * (9 + 4 + 6),
     }
-    assert parts([(100, 3, 2)], N=5)["eigenvalues"] == 5 * (100 * 6 + 30)  # forms gradients first
+    assert parts([(100, 3, 2)], N=5)["eigenvalues"] == 5 * (100 * (4 + 6) + 2 * 9)  # forms first
     assert parts([(2, 30, 20)], N=5)["eigenvalues"] == 5 * 2 * (900 + 400 + 600)  # projects first
 
 
