@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def preloaded(monkeypatch):
 def from_a_server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    forkserver.ensure_running()  # else it begins where Ctrl-C is blocked, and so for other tests
+    forkserver.ensure_running()  # else it begins where signals are blocked, and so for other tests
     return context
 
 
@@ -125,49 +126,61 @@ def begun(folder):
     ]
 
 
-def once_begun(count, folder, act):
-    """Do something in another thread when so many runs train."""
+def once(condition, act):
+    """Do something in another thread when something holds."""
 
     def watch():
         deadline = time.monotonic() + 60
-        while len(begun(folder)) < count and time.monotonic() < deadline:
+        while not condition() and time.monotonic() < deadline:
             time.sleep(0.01)
         act()
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def compare(folder, to_group, number):
-    """In another process: the command, with two runs at once, sent a signal.
-
-    While both train, or, if the workers are spawned, when the first does: the other may be far.
-    """
+def compare(folder, way):
+    """In another process, the first of its group: the command, two runs at once, and signals."""
+    when, to_all, signals = WAYS[way]
     torch.set_num_threads(1)
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     write_output_to(folder.parent / "output")
     presets.PRESETS["digits-mlp"] = long_preset()
-    if not to_group:
+    if not to_all:
         side_by_side.CONTEXT = from_a_server()
+
+    def importing():
+        return len(multiprocessing.active_children()) == 2
+
+    def training():
+        return importing() and len(begun(folder)) >= (1 if to_all else 2)
 
     def act():
         workers = [child.pid for child in multiprocessing.active_children()]
-        (folder.parent / "workers").write_text(json.dumps(workers))
-        (os.killpg if to_group else os.kill)(os.getpid(), number)
+        (folder.parent / "processes").write_text(json.dumps([os.getpid(), *workers]))
+        if when == "importing":
+            time.sleep(0.5)
+        for name in signals:
+            (os.killpg if to_all else os.kill)(os.getpid(), getattr(signal, name))
+            time.sleep(0.1)
 
-    once_begun(1 if to_group else 2, folder, act)
+    once(importing if when == "importing" else training, act)
     options = "--optimizers sgd --seeds 0 1 2 --device cpu --at-once 2 --folder".split()
     command_line.sys.argv = ["tekfac-edu", "compare", "digits-mlp", *options, str(folder)]
     command_line.main()
 
 
-def over(pid):
-    """Whether no process of this number runs; a dead one may wait for whoever reaps it."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] == "Z"
-    except OSError:
-        return True
+def left(processes):
+    """Which of them and of their groups run; a dead one may wait for whoever reaps it."""
+    running = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # gone meanwhile
+            continue
+        if state != "Z" and not {int(stat.parent.name), int(group)}.isdisjoint(processes):
+            running.append(int(stat.parent.name))
+    return running
 
 
 @pytest.fixture(scope="module")
@@ -178,32 +191,40 @@ def unbroken(tmp_path_factory):
     return list(map(numbers, race(long_preset(), folder, *THREE, **HOW)))
 
 
+# to the parent alone; or to all, as a terminal, timeout and schedulers do, and workers are spawned:
+# then two runs train, or one, and the other may be far
+WAYS = {
+    "SIGTERM": ("training", False, ["SIGTERM"]),
+    "SIGKILL": ("training", False, ["SIGKILL"]),
+    "to all": ("training", True, ["SIGTERM", "SIGTERM"]),
+    "to all that import": ("importing", True, ["SIGINT", "SIGTERM", "SIGTERM"]),
+}
+
+
 @needs_sigkill
 @pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="looks into /proc")
-@pytest.mark.parametrize("way", ["SIGTERM", "Ctrl-C", "SIGKILL"])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_race_that_is_stopped_leaves_no_process_and_continues(way, tmp_path, unbroken):
-    """SIGTERM and SIGKILL to the parent alone; SIGINT to all, spawned, as a terminal does."""
     folder = tmp_path / "race"
-    number = {"Ctrl-C": signal.SIGINT}.get(way) or getattr(signal, way)
-    code = in_process(compare, folder, way == "Ctrl-C", number)
+    code = in_process(compare, folder, way)
     output = (tmp_path / "output").read_text()
-    assert "Traceback" not in output
-    workers = json.loads((tmp_path / "workers").read_text())
-    assert len(workers) == 2
-    if way == "SIGKILL":
-        assert code == -signal.SIGKILL
-        deadline = time.monotonic() + 20
-        while not all(map(over, workers)) and time.monotonic() < deadline:
-            time.sleep(0.05)
-    else:
-        assert code == 1
-        said = output[output.index("tekfac-edu: stopped") :].splitlines()
-        assert len(said) == len(begun(folder))
-        for line in said:
-            assert "stopped after step" in line and "the same command continues" in line
-    assert all(map(over, workers))
+    assert "Traceback" not in output and "out of memory" not in output
+    processes = json.loads((tmp_path / "processes").read_text())
+    assert len(processes) == 3
+    assert way == "SIGKILL" or not set(processes) & set(left(processes))
+    deadline = time.monotonic() + 20
+    while left(processes) and time.monotonic() < deadline:
+        time.sleep(0.05)  # workers without a parent, helpers of multiprocessing
+    assert not left(processes)
     stopped = len(begun(folder))
-    assert stopped == 2 or (stopped == 1 and way == "Ctrl-C")
+    assert code == (-signal.SIGKILL if way == "SIGKILL" else 1)
+    if code == 1:
+        said = output[output.index("tekfac-edu: stopped") :].splitlines()
+        assert len(said) == max(1, stopped)
+        for line in said:
+            assert "the same command " in line and ("stopped after step" in line or not stopped)
+    assert stopped == 2 or way.startswith("to all")
+    assert stopped >= 1 or way == "to all that import"
     records = race(long_preset(), folder, *THREE, **HOW)
     assert list(map(numbers, records)) == unbroken
     assert sum(record["continued"] for record in records) == stopped
@@ -211,7 +232,7 @@ def test_a_race_that_is_stopped_leaves_no_process_and_continues(way, tmp_path, u
 
 @needs_sigkill
 def test_a_worker_that_dies_is_named_and_the_other_saves_itself(tmp_path, preloaded):
-    once_begun(2, tmp_path, lambda: multiprocessing.active_children()[0].kill())
+    once(lambda: len(begun(tmp_path)) == 2, lambda: multiprocessing.active_children()[0].kill())
     with pytest.raises(ChildProcessError, match="was killed by signal 9") as died:
         race(long_preset(), tmp_path, *THREE, 2, quiet, **HOW)
     assert any(str(run) in str(died.value) for run in begun(tmp_path))
