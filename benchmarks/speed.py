@@ -431,7 +431,8 @@ def steps_figure(measured):
         ax = axes[models.index(model), place[model]]
         ax.set_visible(True)
         for y, (name, cost) in enumerate(one["optimizers"].items()):
-            color = METHOD_STYLES[name].color if name in METHOD_STYLES else PEER_COLOR
+            ours = name.split(",")[0]  # with options or without
+            color = METHOD_STYLES[ours].color if ours in METHOD_STYLES else PEER_COLOR
             mean, worst = cost["mean_ratio"], cost["worst_ratio"]
             ends = [mean["median"], worst["median"]]
             ax.plot(ends, [y, y], color=color, linewidth=1, alpha=0.6)
