@@ -29,8 +29,10 @@ from tekfac_edu.experiments.building import build_images, build_model, build_opt
 from tekfac_edu.experiments.configuration import Configuration
 from tekfac_edu.experiments.presets import PRESETS
 from tekfac_edu.experiments.records import FORMAT, circumstances, read_races, write_json
+from tekfac_edu.experiments.reporting import by_optimizer
 from tekfac_edu.experiments.side_by_side import one_run, side_by_side
 from tekfac_edu.experiments.training import train
+from tekfac_edu.optim.refusals import gradient_of
 
 RECORDS = Path(__file__).parent / "records"
 VARIANTS = {
@@ -127,9 +129,7 @@ def main(
 def tuned():
     """lr, damping and weight decay of TEKFAC in the race cifar10-mini."""
     runs, _ = read_races([RECORDS / "cifar10_mini.json"])
-    settings = next(
-        run["configuration"] for run in runs if run["configuration"]["optimizer"] == "tekfac"
-    )
+    settings = by_optimizer(runs)["tekfac"][0]["configuration"]
     return {name: settings[name] for name in ("lr", "damping", "weight_decay")}
 
 
@@ -159,16 +159,15 @@ def distances(configuration, steps, folder, device):
     measured = []
     for step in range(1, steps + 1):
         twin.load_state_dict(model.state_dict())
+        for optimizer in (leader, *watchers.values()):
+            optimizer.zero_grad()
         for network, (x, y) in ((model, next(batches)), (twin, next(others))):
-            for optimizer in (leader, *watchers.values()):
-                if optimizer.layers[0].module in set(network.modules()):
-                    optimizer.zero_grad()
             cross_entropy(network(x), y).backward()
         for watcher in watchers.values():
             watcher.step()
         due = step % configuration.interval == 0
         if due:
-            gradients = [gradient(layer) for layer in leader.layers]
+            gradients = [gradient_of(layer) for layer in leader.layers]
         leader.step()
         if due:
             measured.append(step)
@@ -177,12 +176,6 @@ def distances(configuration, steps, folder, device):
                 other = directions(watcher, gradients)
                 found[name].append(float(f"{((other - exact).norm() / exact.norm()).item():.4g}"))
     return {"configuration": configuration.as_dict(), "steps": measured, "distance": found}
-
-
-def gradient(layer):
-    """M of a layer, kept."""
-    weight = layer.weight.grad.flatten(1)
-    return torch.cat([weight, layer.bias.grad[:, None]], 1) if layer.has_bias else weight.clone()
 
 
 def directions(optimizer, gradients):

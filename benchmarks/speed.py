@@ -1,17 +1,14 @@
-"""What a step costs, ours and other packages', as ratios to SGD, and how the cost grows.
+"""What a step costs, ours and other packages', as ratios to SGD.
 
-    python benchmarks/speed.py                              (about an hour on two cores)
-    python benchmarks/speed.py --parts growth               (minutes)
+    python benchmarks/speed.py                              (half an hour on two cores)
     python benchmarks/speed.py --device cuda --models resnet20 vgg16 --record records/speed_gpu.json
 
-1. steps     all optimizers in turn in one process: mean, median and worst step, state, memory; the
-             median of whole repetitions, with lowest and highest. Statistics, bases and eigenvalues
-             are refreshed every `interval` steps, of peers whatever they refresh.
-2. growth    TEKFAC's step and refresh against width, batch, image and depth, with the exponent of a
-             power law beside the one that counting multiplications predicts
+All optimizers take turns in one process: mean, median and worst step, state, memory; the median of
+whole repetitions, with lowest and highest. Statistics, bases and eigenvalues are refreshed every
+`interval` steps, of peers whatever they refresh. Peers are the packages in peers.txt; one that is
+not installed, or fails, is left out, with the reason.
 
-Peers are the packages in peers.txt; one that is not installed, or fails, is left out, with the
-reason. The record is records/speed.json, the figures figures/step_cost.png and figures/growth.png.
+The record is records/speed.json, the figure figures/step_cost.png. How the cost grows: growth.py.
 """
 
 import datetime
@@ -21,22 +18,17 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import tyro
-from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 from tabulate import tabulate
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 import peers as other_packages
 
-from tekfac_edu import models as networks
 from tekfac_edu.experiments.building import METHODS, build_model
 from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS, Configuration
 from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
@@ -46,22 +38,16 @@ from tekfac_edu.experiments.step_cost import (
     blank_images,
     contestant,
     random_batch,
-    take_turns,
     time_steps,
 )
 from tekfac_edu.experiments.tasks import task_of
-from tekfac_edu.figures import METHOD_STYLES, method_style, page_figure, use_book_style
-from tekfac_edu.optim.rescaling import projecting_first_is_cheaper
+from tekfac_edu.figures import METHOD_STYLES, page_figure, use_book_style
 
 HERE = Path(__file__).parent
-PARTS = ("steps", "growth")
 UNTIMED = 3  # steps before the timed ones: buffers exist then, and each interval has its refresh
 MEASURED = ("mean", "median", "worst", "mean_ratio", "median_ratio", "worst_ratio")
+PEER_COLOR = "#0F7F5E"
 TINY = {"mlp": {"widths": (8,)}, "resnet20": {"width": 2}, "vgg16": {"width": 2}}
-TYPICAL = 10  # the interval whose mean step the growth is told of
-
-
-# ---------------------------------------------------------------------------------- step cost
 
 
 def contestants_of(configuration, images, device, optimizers, peers, options):
@@ -187,234 +173,6 @@ def steps_table(measured):
     return tabulate(rows, headers, disable_numparse=True)
 
 
-# ------------------------------------------------------------------------------------- growth
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What grows: its sizes, the width of what does not grow, and the same for trying out.
-
-    `of(size, width)` is (model, shape of the batch, classes).
-    """
-
-    label: str
-    sizes: tuple[int, ...]
-    width: int | None
-    tiny: tuple[int, ...]
-    tiny_width: int | None
-    of: Callable
-
-
-AXES = {
-    "mlp_width": Axis(
-        "width of a square MLP (4 layers, batch 128)",
-        (64, 128, 256, 512, 1024),
-        None,
-        (4, 8, 16),
-        None,
-        lambda size, _: (networks.mlp((size,) * 5), (128, size), size),
-    ),
-    "mlp_depth": Axis(
-        "layers of an MLP (width 256, batch 128)",
-        (2, 4, 8, 16),
-        256,
-        (1, 2, 3),
-        8,
-        lambda size, width: (networks.mlp((width,) * (size + 1)), (128, width), width),
-    ),
-    "resnet20_width": Axis(
-        "width of ResNet20 (32×32, batch 32)",
-        (4, 8, 16, 32),
-        None,
-        (1, 2, 3),
-        None,
-        lambda size, _: (networks.resnet20(width=size), (32, 3, 32, 32), 10),
-    ),
-    "batch": Axis(
-        "batch (ResNet20, width 8, 32×32)",
-        (32, 64, 128, 256, 512),
-        8,
-        (1, 2, 3),
-        1,
-        lambda size, width: (networks.resnet20(width=width), (size, 3, 32, 32), 10),
-    ),
-    "image_side": Axis(
-        "side of the image (ResNet20, width 8, batch 32)",
-        (16, 24, 32, 48, 64),
-        8,
-        (8, 10, 12),
-        1,
-        lambda size, width: (networks.resnet20(width=width), (32, 3, size, size), 10),
-    ),
-}
-
-
-def layer_sizes(model, shape):
-    """(T, d_in, d_out) of every Linear and Conv2d: positions, inputs with the bias, outputs."""
-    found, hooks = [], []
-
-    def note(module, inputs, output):
-        bias = module.bias is not None
-        if isinstance(module, nn.Linear):
-            found.append((1, module.in_features + bias, module.out_features))
-        else:
-            d_in = module.weight[0].numel() + bias
-            found.append((output.shape[2:].numel(), d_in, module.out_channels))
-
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            hooks.append(module.register_forward_hook(note))
-    device = next(model.parameters()).device
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(2, *shape[1:], device=device))
-    finally:
-        model.train()
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def multiplications(layers, N, eigh_cost):
-    """Those of TEKFAC's parts, for one batch of N; every Fisher statistic from the whole of it.
-
-    Parameters
-    ----------
-    layers : of `layer_sizes`. eigh_cost: multiplications of an eigendecomposition per d³.
-
-    Returns
-    -------
-    dict: network (forward and backward), update, factors, bases, eigenvalues (T_RE).
-    """
-    total = dict.fromkeys(("network", "update", "factors", "bases", "eigenvalues"), 0)
-    for T, d_in, d_out in layers:
-        both = d_out**2 * d_in + d_out * d_in**2
-        total["network"] += 3 * N * T * d_in * d_out
-        total["update"] += 2 * both
-        total["factors"] += N * T * (d_in**2 + d_out**2)
-        total["bases"] += eigh_cost * (d_in**3 + d_out**3)
-        if T == 1:
-            total["eigenvalues"] += N * (d_in**2 + d_out**2 + d_in * d_out)
-        elif projecting_first_is_cheaper(T, d_out):
-            total["eigenvalues"] += N * T * (d_in**2 + d_out**2 + d_in * d_out)
-        else:
-            total["eigenvalues"] += N * (T * (d_out**2 + d_in * d_out) + d_out * d_in**2)
-    return total
-
-
-def predicted(layers, N, eigh_cost):
-    """Multiplications of a plain step, of a refresh step, and of the mean at interval TYPICAL."""
-    count = multiplications(layers, N, eigh_cost)
-    plain = count["network"] + count["update"]
-    return with_mean(plain, plain + count["factors"] + count["bases"] + count["eigenvalues"])
-
-
-def with_mean(plain, refresh):
-    """The two, and the mean step at interval TYPICAL."""
-    return {"plain": plain, "refresh": refresh, "mean": plain + (refresh - plain) / TYPICAL}
-
-
-def exponent(sizes, values):
-    """Of the power law through the upper half of the sizes (least squares of the logarithms)."""
-    half = len(sizes) // 2
-    return float(np.polyfit(np.log(sizes[half:]), np.log(values[half:]), 1)[0])
-
-
-def measured_eigh_cost(device, order):
-    """Time of an eigendecomposition in products of matrices of the same order."""
-    draw = torch.Generator().manual_seed(0)
-    A = torch.randn(order, order, generator=draw).to(device)
-    A = A @ A.T
-
-    def seconds(function):
-        best = math.inf
-        for _ in range(5):
-            start = time.perf_counter()
-            function(A)
-            if A.is_cuda:
-                torch.cuda.synchronize(A.device)
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    return seconds(torch.linalg.eigh) / seconds(lambda A: A @ A)
-
-
-def measure_growth(axis, device, options, eigh_cost, tiny=False):
-    """TEKFAC along one axis, for the record.
-
-    Of plain and refresh steps the fastest is told, of 4 and 2. A staggered refresh is done at once
-    here: its cost is the question, not when it falls due.
-
-    Returns
-    -------
-    dict: label, sizes, and per kind of step (plain, refresh, mean) seconds, sgd_seconds,
-    multiplications, and the exponents: measured, predicted.
-    """
-    interval = 2 if tiny else 3
-    options = {name: value for name, value in options.items() if name != "stagger"}
-    sizes, width = (axis.tiny, axis.tiny_width) if tiny else (axis.sizes, axis.width)
-    kinds = ("plain", "refresh", "mean")
-    seconds, counts = ({kind: [] for kind in kinds} for _ in range(2))
-    sgd_seconds = []
-    for size in sizes:
-        torch.manual_seed(0)
-        steps = {}
-        for name in ("sgd", "tekfac"):
-            model, shape, classes = axis.of(size, width)
-            model.to(device)
-            if name == "sgd":
-                optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
-            else:
-                optimizer = ours("tekfac", model, interval, options=options)
-            steps[name] = TrainingStep(model, optimizer, task_of(Configuration()).loss)
-        counted = predicted(layer_sizes(model, shape), shape[0], eigh_cost)
-        draw = torch.Generator().manual_seed(0)
-        x = torch.rand(shape, generator=draw).to(device)
-        y = torch.randint(classes, shape[:1], generator=draw).to(device)
-        times, _ = take_turns(steps, x, y, 2 * interval, 1)
-        refreshes = times["tekfac"][interval - 1 :: interval]
-        plain = [t for i, t in enumerate(times["tekfac"]) if (i + 1) % interval]
-        timed = with_mean(min(plain), min(refreshes))
-        sgd_seconds.append(min(times["sgd"]))
-        for kind in kinds:
-            seconds[kind].append(timed[kind])
-            counts[kind].append(counted[kind])
-    return {
-        "label": axis.label,
-        "sizes": sizes,
-        "seconds": seconds,
-        "sgd_seconds": sgd_seconds,
-        "multiplications": counts,
-        "measured": {kind: exponent(sizes, seconds[kind]) for kind in kinds},
-        "predicted": {kind: exponent(sizes, counts[kind]) for kind in kinds},
-    }
-
-
-def growth_table(growth):
-    """{axis: result of `measure_growth`} as text."""
-    rows = []
-    for grown in growth.values():
-        sizes, seconds = grown["sizes"], grown["seconds"]
-        for kind in ("plain", "refresh", "mean"):
-            rows.append(
-                [
-                    grown["label"] if kind == "plain" else "",
-                    kind,
-                    f"{sizes[0]} … {sizes[-1]}",
-                    f"{1e3 * seconds[kind][0]:.1f} … {1e3 * seconds[kind][-1]:.1f}",
-                    f"{grown['measured'][kind]:.2f}",
-                    f"{grown['predicted'][kind]:.2f}",
-                ]
-            )
-    headers = ["", "step", "from … to", "ms", "exponent", "predicted"]
-    return tabulate(rows, headers, disable_numparse=True)
-
-
-# ------------------------------------------------------------------------------------ figures
-
-PEER_COLOR = "#0F7F5E"
-
-
 def steps_figure(measured):
     """Mean and worst step of everything, one panel per network and interval."""
     use_book_style()
@@ -468,52 +226,7 @@ def steps_figure(measured):
     return fig
 
 
-def growth_figure(growth):
-    """Seconds against every axis, measured and as counted, with the exponents."""
-    use_book_style()
-    rows = math.ceil(len(growth) / 2)
-    fig = page_figure(0.3 + 2.6 * rows)
-    axes = fig.subplots(rows, 2, squeeze=False)
-    styles = {"refresh": ("TKFAC", "refresh"), "mean": ("TEKFAC", f"mean, interval {TYPICAL}")}
-    styles["plain"] = ("EKFAC", "plain")
-    for ax, grown in zip(axes.flat, growth.values(), strict=False):
-        sizes = grown["sizes"]
-        for kind, (style, label) in styles.items():
-            ms, counts = 1e3 * np.array(grown["seconds"][kind]), grown["multiplications"][kind]
-            line = method_style(style).line()
-            slopes = f"{grown['measured'][kind]:.1f} (counted {grown['predicted'][kind]:.1f})"
-            ax.plot(sizes, ms, label=f"{label}: {slopes}", **line | {"linestyle": "-"})
-            scaled = ms[-1] * np.array(counts, float) / counts[-1]
-            half = len(sizes) // 2
-            ax.plot(sizes[half:], scaled[half:], color=line["color"], linestyle=":", linewidth=1.4)
-        sgd = 1e3 * np.array(grown["sgd_seconds"])
-        ax.plot(sizes, sgd, label="SGD", **method_style("SGD").line() | {"markersize": 4})
-        ax.set(xscale="log", yscale="log", xlabel=grown["label"])
-        ax.set_ylim(top=ax.get_ylim()[1] * 12)  # room for the legend
-        ax.set_xticks(sizes, [str(size) for size in sizes])
-        ax.xaxis.set_minor_locator(NullLocator())
-        ax.legend(loc="upper left", fontsize=7.5, labelspacing=0.25, handlelength=2)
-    for ax in axes[:, 0]:
-        ax.set_ylabel("ms a step")
-    for ax in list(axes.flat)[len(growth) :]:
-        ax.axis("off")
-        ax.text(
-            0.02,
-            0.7,
-            "Exponents: of a power law through the upper half\nof the sizes. Dotted: "
-            "multiplications as counted,\nthrough the last point.",
-            transform=ax.transAxes,
-            size=8.5,
-            va="top",
-        )
-    return fig
-
-
-# --------------------------------------------------------------------------------------- main
-
-
 def main(
-    parts: tuple[Literal[PARTS], ...] = PARTS,
     models: tuple[Literal["mlp", "resnet20", "vgg16"], ...] = ("mlp", "resnet20"),
     intervals: tuple[int, ...] = (10, 50),
     optimizers: tuple[Literal[OPTIMIZERS], ...] = OPTIMIZERS,
@@ -528,22 +241,21 @@ def main(
     figures: Path = HERE / "figures",
     smoke: bool = False,
 ):
-    """Measure, and write record and figures.
+    """Measure, and write record and figure.
 
     Args:
-        parts: which, in this order.
-        models: of part 1; mlp is 784-256-128-10.
-        intervals: steps between refreshes, of part 1.
-        optimizers: of part 1, beside the peers; SGD is measured in any case.
+        models: mlp is 784-256-128-10.
+        intervals: steps between refreshes.
+        optimizers: beside the peers; SGD is measured in any case.
         peers: whether those of peers.txt run too.
         options: of the constructors of ours, as JSON, e.g. '{"stagger": true}'.
-        repetitions: of part 1; every one builds everything anew.
+        repetitions: every one builds everything anew.
         steps: at least so many are timed per repetition, in whole intervals.
-        batch_size: of part 1.
+        batch_size: examples in a step.
         device: cpu or cuda.
         threads: torch's; default: as many as it takes.
         record: where the record goes.
-        figures: the folder for the figures.
+        figures: the folder for the figure.
         smoke: everything tiny, to try the program out.
     """
     chosen = json.loads(options)
@@ -561,46 +273,27 @@ def main(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "options": chosen,
         "smoke": smoke,
-        "seconds": {},
     }
+    content |= {"repetitions": repetitions, "steps": [], "left_out": [], "peers": {}}
+    start = time.perf_counter()
+    run = other_packages.PEERS if peers else {}
+    for model in models:
+        sizes = {"batch_size": 8} | TINY[model] if smoke else {"batch_size": batch_size}
+        for interval in intervals:
+            configuration = Configuration(model=model, interval=interval, **sizes)
+            one = measure(configuration, device, optimizers, run, chosen, repetitions, steps)
+            for name, why in one.pop("left_out").items():
+                where = {"model": model, "interval": interval, "reason": why}
+                content["left_out"].append({"name": name, **where})
+            for name in run.keys() & one["optimizers"].keys():
+                content["peers"][name] = other_packages.described(name)
+            content["steps"].append(one)
+            content["seconds"] = round(time.perf_counter() - start, 1)
+            write_json(record, content)
+            print(f"\n{model}, interval {interval}\n{steps_table(one)}", flush=True)
     figures.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        start = time.perf_counter()
-        if part == "steps":
-            content |= {"repetitions": repetitions, "steps": [], "left_out": [], "peers": {}}
-            run = other_packages.PEERS if peers else {}
-            for model in models:
-                sizes = {"batch_size": 8} | TINY[model] if smoke else {"batch_size": batch_size}
-                for interval in intervals:
-                    one = measure(
-                        Configuration(model=model, interval=interval, **sizes),
-                        device,
-                        optimizers,
-                        run,
-                        chosen,
-                        repetitions,
-                        steps,
-                    )
-                    for name, why in one.pop("left_out").items():
-                        where = {"model": model, "interval": interval, "reason": why}
-                        content["left_out"].append({"name": name, **where})
-                    for name in run.keys() & one["optimizers"].keys():
-                        content["peers"][name] = other_packages.described(name)
-                    content["steps"].append(one)
-                    print(f"\n{model}, interval {interval}\n{steps_table(one)}", flush=True)
-                    write_json(record, content)
-            steps_figure(content["steps"]).savefig(figures / "step_cost.png")
-        else:
-            cost = measured_eigh_cost(device, 32 if smoke else 512)
-            content["growth"] = {"interval": TYPICAL, "eigh_cost": cost, "axes": {}}
-            for name, axis in AXES.items():
-                grown = measure_growth(axis, device, chosen, cost, smoke)
-                content["growth"]["axes"][name] = grown
-            print(f"\n{growth_table(content['growth']['axes'])}", flush=True)
-            growth_figure(content["growth"]["axes"]).savefig(figures / "growth.png")
-        content["seconds"][part] = round(time.perf_counter() - start, 1)
-        write_json(record, content)
-        print(f"{part}: {content['seconds'][part]} s; {record}", flush=True)
+    steps_figure(content["steps"]).savefig(figures / "step_cost.png")
+    print(f"{content['seconds']} s; {record}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import tyro
 from tekfac_edu.experiments.configuration import KRONECKER, Configuration
 from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
 from tekfac_edu.experiments.step_cost import blank_images, contestant, random_batch
-from tekfac_edu.optim import capture, curvature
+from tekfac_edu.optim import batch, capture, curvature
 
 RECORD = Path(__file__).parent / "records" / "step_profile.json"
 PHASES = {
@@ -88,11 +88,11 @@ class Clock:
             (step, "backward", "backward"),
             (capture.ForwardHook, "__call__", "capture"),
             (capture.Capture, "receive", "capture"),
-            (capture.Examples, "pair", "patches"),
+            (batch.Examples, "pair", "patches"),
             (optimizer, "estimate_factors", "factors"),
             (curvature.LayerCurvature, "decompose", "eigh"),
             (curvature.LayerCurvature, "turn_to", "move"),
-            (capture.Examples, "corrected_eigenvalues", "measure"),
+            (batch.Examples, "corrected_eigenvalues", "measure"),
             (optimizer, "_update", "update"),
         )
         with ExitStack() as stack:

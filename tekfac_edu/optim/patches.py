@@ -51,19 +51,23 @@ def draw_grid(height, width, wanted, generator):
 
     generator : torch.Generator (on the CPU) that draws the offset.
     """
+    steps = coarsest_steps(height, width, wanted)
+    if steps == (1, 1):
+        return None
+    return Grid(
+        steps, tuple(int(torch.randint(s, (), generator=generator, device="cpu")) for s in steps)
+    )
+
+
+def coarsest_steps(height, width, wanted):
+    """Of the coarsest grid with at least `wanted` positions; of equals the squarest."""
     grids = [
         (down, right)
         for down in _divisors(height)
         for right in _divisors(width)
         if (height // down) * (width // right) >= wanted
     ]
-    # of equally coarse ones the squarest
-    steps = max(grids, key=lambda s: (s[0] * s[1], -max(s)), default=(1, 1))
-    if steps == (1, 1):
-        return None
-    return Grid(
-        steps, tuple(int(torch.randint(s, (), generator=generator, device="cpu")) for s in steps)
-    )
+    return max(grids, key=lambda s: (s[0] * s[1], -max(s)), default=(1, 1))
 
 
 def _divisors(number):

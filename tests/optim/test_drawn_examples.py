@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from tekfac_edu import optim
-from tekfac_edu.optim import EKFAC, TEKFAC, capture
+from tekfac_edu.optim import EKFAC, TEKFAC
+from tekfac_edu.optim import batch as layer_batch
 from tekfac_edu.optim.capture import Capture
 
 from .networks import CASES, batches, cnn, mlp
@@ -213,7 +214,7 @@ def test_factors_are_still_those_of_all_examples(case, method):
 @every_fisher
 def test_memory_for_one_example_at_a_time_gives_the_same(case, fisher, monkeypatch):
     roomy = after_one_step(case, "TEKFAC", fisher, 6, scale_examples=3, factor_rows=0.7)
-    monkeypatch.setattr(capture, "CHUNK", 1)
+    monkeypatch.setattr(layer_batch, "CHUNK", 1)
     cramped = after_one_step(case, "TEKFAC", fisher, 6, scale_examples=3, factor_rows=0.7)
     for name, tensor in vars(roomy.factors).items():
         assert_close(getattr(cramped.factors, name), tensor)

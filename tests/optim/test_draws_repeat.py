@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from tekfac_edu.optim.capture import LayerBatch
+from tekfac_edu.optim.batch import LayerBatch
 
 from .networks import batches, cnn
 from .training import assert_same_bits, every_method, everything, train

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tekfac_edu import optim
-from tekfac_edu.optim import capture
+from tekfac_edu.optim import batch as layer_batch
 
 from .networks import CASES, CLASSES, Case
 from .oracles import assert_close, cross_entropy
@@ -130,7 +130,7 @@ def test_zero_grad_between_the_fisher_call_and_backward_is_refused(method):
 def test_memory_for_one_example_at_a_time_is_enough(case, method, fisher, monkeypatch):
     roomy, cramped = Run(case, method, fisher), Run(case, method, fisher)
     roomy.step(case.batch(8))
-    monkeypatch.setattr(capture, "CHUNK", 1)
+    monkeypatch.setattr(layer_batch, "CHUNK", 1)
     cramped.step(case.batch(8))
     assert_same(cramped, roomy)
 

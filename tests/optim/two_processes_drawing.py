@@ -7,7 +7,7 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from tekfac_edu.optim.capture import Examples
+from tekfac_edu.optim.batch import Examples
 
 from .two_processes import METHODS, network, result
 
