@@ -65,6 +65,7 @@ def build_optimizer(configuration, model):
         factor_decay=c.factor_decay,
         scale_decay=c.scale_decay,
         eigenbasis=c.eigenbasis,
+        input_rank=c.input_rank,
         factor_rows=c.factor_rows,
         scale_examples=c.scale_examples,
         stagger=c.stagger,

@@ -53,6 +53,8 @@ class Configuration:
     damping_policy: Literal["constant", "trace"] = "constant"
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
     eigenbasis: Literal["eigh", "qr"] = "eigh"
+    input_rank: int | None = None
+    """Eigenvectors kept on the side of a layer's inputs; None: all."""
     factor_rows: float | None = None
     """Factors from about so many examples times positions per input of a layer; None: from all."""
     scale_examples: int | None = None
@@ -91,7 +93,7 @@ class Configuration:
             checked[name] = whole_number(name, getattr(self, name), 0)
         if self.factor_rows is not None:
             checked["factor_rows"] = real_number("factor_rows", self.factor_rows, above=0)
-        for name in ("width", "scale_examples", "train_images", "test_images"):
+        for name in ("width", "input_rank", "scale_examples", "train_images", "test_images"):
             if getattr(self, name) is not None:
                 checked[name] = whole_number(name, getattr(self, name), 1)
         if self.widths is not None:

@@ -20,6 +20,7 @@ from tekfac_edu.optim.rescaling import (
     convolution_gradients,
     corrected_eigenvalues,
     projecting_first_is_cheaper,
+    second_moments,
 )
 
 CHUNK = 2**25  # numbers in the largest array a chunk of examples may need: 128 MiB in float32
@@ -132,11 +133,11 @@ class Examples:
         return _joined(a, 1), self.scale * _joined(g, 2)
 
     def corrected_eigenvalues(self, Q_in, Q_out):
-        """D of these examples in a basis, as `rescaling.corrected_eigenvalues`; (d_out, d_in)."""
+        """D of these examples in a basis, as `rescaling.corrected_eigenvalues`."""
         T, S, _, d_out = self.sizes
         if isinstance(self.module, nn.Linear) or projecting_first_is_cheaper(T, d_out, S):
             return corrected_eigenvalues(*self.pair(), Q_in, Q_out)
-        G = sum(
+        of_uses = [
             convolution_gradients(
                 self.module,
                 at_least_float32(self._of(use.x)),
@@ -146,8 +147,9 @@ class Examples:
                 Q_out,
             )
             for use in self.uses
-        )
-        return self.scale**2 * G.square().sum((0, 1)) / len(self)
+        ]
+        G = sum(G for G, _ in of_uses)
+        return self.scale**2 * second_moments(G, of_uses[0][1])
 
     def _of(self, tensor):
         return tensor if self.chosen is None else tensor[self.chosen]

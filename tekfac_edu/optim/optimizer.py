@@ -68,6 +68,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         factor_decay=0.95,  # ρ
         scale_decay=0.95,
         eigenbasis="eigh",
+        input_rank=None,
         factor_rows=None,
         scale_examples=None,
         stagger=False,
@@ -104,6 +105,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             interval is given, else 0.
         factor_decay, scale_decay : weight of the old value in the running averages, 0 to 1.
         eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC, TEKFAC).
+        input_rank : of a layer with more inputs, the eigenvectors kept on their side, those of the
+            largest eigenvalues; what the others have is spread evenly over them, so that tr F is
+            kept. None: all. With "qr" no large matrix is ever decomposed.
         factor_rows : per number in a layer's input (d_in), from how many examples times positions
             its factors are estimated, at positions drawn anew each time; None: all there are.
         scale_examples : from how many examples of the batch, drawn anew each time, the eigenvalues
@@ -161,6 +165,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 f'eigenbasis="qr" is for EKFAC and TEKFAC, which are exact about any basis; '
                 f'{type(self).__name__} needs the eigenvalues of its factors: "eigh"'
             )
+        self.input_rank = _or_none(whole_number, "input_rank", input_rank, 1)
         self.factor_rows = _or_none(real_number, "factor_rows", factor_rows, above=0)
         self.scale_examples = _or_none(whole_number, "scale_examples", scale_examples, 1)
         if not isinstance(stagger, bool):
@@ -178,7 +183,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.layers, self.treatments = find_layers(model, plain_sgd)
         self.turns = turns_of(self.layers, self._longest_interval if stagger else 1)
         self.curvatures = {
-            layer: LayerCurvature(self.corrected, eigenbasis == "qr") for layer in self.layers
+            layer: LayerCurvature(self.corrected, eigenbasis == "qr", self.input_rank)
+            for layer in self.layers
         }
         self.parameter_names = {p: name for name, p in unwrapped(model).named_parameters()}
         defaults = {
@@ -409,7 +415,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         of_convolutions = {
             layer: trace_damping(
                 curvature.eigenvalues.sum(),
-                curvature.eigenvalues.numel(),
+                layer.d_in * layer.d_out,
                 self.trace_floor,
                 self.trace_multiplier,
             )
@@ -533,6 +539,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 "damping_policy",
                 "damping_rule",
                 "eigenbasis",
+                "input_rank",
                 "factor_rows",
                 "scale_examples",
                 "stagger",

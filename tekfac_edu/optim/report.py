@@ -105,7 +105,8 @@ def report(optimizer):
 
 
 def _row(optimizer, layer, treatment, damping):
-    curvature, D = optimizer.curvatures[layer], optimizer.curvatures[layer].eigenvalues
+    curvature = optimizer.curvatures[layer]
+    D = curvature.spectrum
     cosine = None
     if layer.weight.grad is not None:
         M = gradient_matrix(layer.weight.grad, layer.bias.grad if layer.has_bias else None)

@@ -9,7 +9,17 @@ EKFAC calls it S*, TEKFAC calls it Θ. With T positions there are two orders of 
 
 The second is far cheaper when T is large, and for a convolution needs no patches. With T = 1
 nothing needs to be formed: G_n has rank one and D = ((g Q_out)²)ᵀ ((a Q_in)²) / N, one product.
+
+With a truncated Q_in, (d_in, k), D has a column more: what is left of every row of Q_outᵀ G_n,
+
+    D[i, k] = E[ ‖(Q_outᵀ G_n)_i‖² − Σ_j (Q_outᵀ G_n Q_in)_ij² ],
+
+so that its sum is tr F all the same.
 """
+
+from functools import partial
+
+import torch
 
 from tekfac_edu.optim.factors import layer_format
 from tekfac_edu.optim.patches import kernel_rows, rows_of_basis
@@ -22,27 +32,46 @@ def corrected_eigenvalues(a, g, Q_in, Q_out):
     ----------
     a, g : as for `kfac_factors`. Memory: S·N·d_out·d_in numbers when there are positions; callers
         hand in few enough examples at once.
-    Q_in : (d_in, d_in) tensor, orthogonal.   Q_out : (d_out, d_out) tensor, orthogonal.
+    Q_in : (d_in, d_in) tensor, orthogonal; or truncated, (d_in, k).
+    Q_out : (d_out, d_out) tensor, orthogonal.
 
     Returns
     -------
-    (d_out, d_in) tensor, >= 0. Its sum is tr F, in every basis.
+    (d_out, d_in) or (d_out, k + 1) tensor, >= 0. Its sum is tr F, in every basis.
     """
     a, g = layer_format(a, g)
     N, T, _ = a.shape
-    if T == 1:
-        g_squared = (g @ Q_out).square().sum(0)
-        return g_squared[:, 0].T @ (a @ Q_in)[:, 0].square() / N
     g = g @ Q_out
-    if projecting_first_is_cheaper(T, len(Q_out), len(g)):
-        G = g.mT @ (a @ Q_in)
+    if T > 1 and not projecting_first_is_cheaper(T, len(Q_out), len(g)):
+        return second_moments(g.mT @ a, Q_in)
+    projected = a @ Q_in
+    if T == 1:
+        g_squared = g[:, :, 0].square().sum(0).T
+        D = g_squared @ projected[:, 0].square() / N
+        total = partial(torch.mv, g_squared / N, a[:, 0].square().sum(-1))
     else:
-        G = (g.mT @ a) @ Q_in
-    return G.square().sum((0, 1)) / N
+        D = (g.mT @ projected).square().sum((0, 1)) / N
+        total = partial(torch.sum, a @ a.mT @ g * g / N, (0, 1, 2))
+    return D if projected.shape[-1] == a.shape[-1] else with_rest(D, total())
+
+
+def second_moments(G, Q_in):
+    """D of gradients whose output side is in the basis already.
+
+    G : (S, N, d_out, d_in) tensor, Q_outᵀ G_n.   Q_in : (d_in, d_in) or (d_in, k) tensor.
+    """
+    N = G.shape[1]
+    D = (G @ Q_in).square().sum((0, 1)) / N
+    return D if Q_in.shape[1] == len(Q_in) else with_rest(D, G.square().sum((0, 1, 3)) / N)
+
+
+def with_rest(D, total):
+    """D: (d_out, k) with one column more, so that its rows have the sums `total`: (d_out,)."""
+    return torch.cat([D, (total - D.sum(1)).clamp(min=0)[:, None]], 1)
 
 
 def convolution_gradients(module, x, g, has_bias, Q_in, Q_out):
-    """Q_outᵀ G_n Q_in of every example, formed row by row of the kernel, without patches.
+    """Q_outᵀ G_n of every example, formed kernel row by kernel row, without patches.
 
     Parameters
     ----------
@@ -52,16 +81,16 @@ def convolution_gradients(module, x, g, has_bias, Q_in, Q_out):
 
     Returns
     -------
-    (S, N, d_out, d_in) tensor
+    G : (S, N, d_out, d_in) tensor, its columns in the order of `kernel_rows`.
+    Q_in : in that order, so that G Q_in is what it would be in the order of the weight.
     """
     g = Q_out.mT @ g.flatten(3)
-    S, N, d_out, _ = g.shape
-    G = Q_in.new_zeros(S * N * d_out, len(Q_in))
-    for row, basis in zip(kernel_rows(module, x), rows_of_basis(module, Q_in), strict=True):
-        G.addmm_((g @ row.mT).flatten(0, 2), basis)
+    G = [g @ row.mT for row in kernel_rows(module, x)]
+    rows = rows_of_basis(module, Q_in)
     if has_bias:
-        G.addr_(g.sum(3).flatten(), Q_in[-1])
-    return G.view(S, N, d_out, -1)
+        G.append(g.sum(3, keepdim=True))
+        rows.append(Q_in[-1:])
+    return torch.cat(G, 3), torch.cat(rows)
 
 
 def projecting_first_is_cheaper(T, d_out, S=1):
@@ -74,15 +103,24 @@ def move_eigenvalues(D, Q_in_old, Q_out_old, Q_in_new, Q_out_new):
 
         D ← (R_out)² D ((R_in)²)ᵀ,    R_in = Q_in_newᵀ Q_in_old,  R_out likewise
 
-    It keeps the sum of D (the trace) and is blind to the signs and order of eigenvectors.
+    It keeps the sum of D (the trace) and is blind to the signs and order of eigenvectors. Where the
+    old Q_in is truncated, a new direction gets the evenly spread rest by as much of it as lies
+    outside of the old ones; where the new one is, its last column is what is left of every row.
 
     Parameters
     ----------
-    D : (d_out, d_in) tensor.   Q_in_* : (d_in, d_in) tensors.   Q_out_* : (d_out, d_out) tensors.
+    D : (d_out, d_in) tensor, or (d_out, k + 1).   Q_in_* : (d_in, d_in) tensors, or (d_in, k).
+    Q_out_* : (d_out, d_out) tensors.
 
     Returns
     -------
-    (d_out, d_in) tensor.
+    (d_out, d_in) tensor, or (d_out, k + 1) with the new k.
     """
-    R_in, R_out = Q_in_new.T @ Q_in_old, Q_out_new.T @ Q_out_old
-    return R_out.square() @ D @ R_in.square().T
+    d_in, k_old = Q_in_old.shape
+    shares = (Q_in_new.T @ Q_in_old).square().T
+    if k_old < d_in:
+        outside = (1 - shares.sum(0, keepdim=True)).clamp(min=0)
+        shares = torch.cat([shares, outside / (d_in - k_old)])
+    D = (Q_out_new.T @ Q_out_old).square() @ D
+    moved = D @ shares
+    return moved if Q_in_new.shape[1] == d_in else with_rest(moved, D.sum(1))

@@ -68,6 +68,7 @@ EVERYTHING = Configuration(
     fisher="exact",
     eigenbasis="qr",
     factor_rows=2.5,
+    input_rank=5,
     scale_examples=7,
     stagger=True,
     precision="bfloat16",

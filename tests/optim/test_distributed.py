@@ -24,6 +24,15 @@ def ranks(tmp_path_factory):
     return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As the ranks have: with another number of threads the last bits of a product may differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def by_one_process(method, fisher, part=slice(None)):
     model = network()
     optimizer = optimizer_for(model, method, fisher)

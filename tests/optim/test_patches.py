@@ -158,8 +158,8 @@ def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(ca
         rows = oracles.output_rows(module, g[s, n])
         G = sum(np.outer(rows[t], a[n, t]) for t in range(len(rows)))
         expected[s, n] = Q_out.numpy().T @ G @ Q_in.numpy()
-    found = convolution_gradients(module, x, g, has_bias, Q_in, Q_out)
-    assert_close(found, expected)
+    G, Q_in_by_row = convolution_gradients(module, x, g, has_bias, Q_in, Q_out)
+    assert_close(G @ Q_in_by_row, expected)
     D = corrected_eigenvalues(torch.tensor(a), g.flatten(3).mT, Q_in, Q_out)
     assert_close(D, (expected**2).sum((0, 1)) / N)
 
