@@ -52,12 +52,13 @@ class LayerBatch:
     def num_examples(self):
         return sum(len(uses[0].x) for uses in self.parts)
 
-    def chunks(self, has_bias, examples=None, rows=None, generator=None):
+    def chunks(self, has_bias, examples=None, rows=None, generator=None, formed=False):
         """`Examples`, so few at once that 128 MiB hold what is made of them.
 
         Parameters
         ----------
         has_bias : of the layer.
+        formed : whether each example's own gradient matrix is to be formed, which takes room.
         examples : of how many examples, the same share of every part; None, or too many: all.
         rows : of how many examples times positions at least, on a grid of positions that is the
             same for all examples; None, too many, or calls of unequal size: all.
@@ -77,7 +78,7 @@ class LayerBatch:
                 wanted = rows / self.num_examples / len(uses)
                 grids = [draw_grid(*shape, wanted, generator) for shape in shapes]
             of_part = Examples(self.module, uses, scale, has_bias, grids, chosen, stands_for)
-            size = max(1, CHUNK // of_part.largest)
+            size = max(1, CHUNK // of_part.largest(formed))
             if len(of_part) <= size:
                 yield of_part
                 continue
@@ -117,11 +118,10 @@ class Examples:
         T = sum(math.prod(positions_of(self.module, use.gradients[0])) for use in self.uses)
         return T, len(self.uses[0].gradients), weight[0].numel() + self.has_bias, len(weight)
 
-    @property
-    def largest(self):
+    def largest(self, formed):
         """Numbers in the largest array per example."""
         T, S, d_in, d_out = self.sizes
-        return max(T * d_in, S * T * d_out, S * d_out * d_in if T > 1 else 1)
+        return max(T * d_in, S * T * d_out, S * d_out * d_in if formed and T > 1 else 1)
 
     def pair(self):
         """a: (n, T, d_in) and g: (S, n, T, d_out)."""

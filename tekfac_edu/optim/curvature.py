@@ -18,6 +18,8 @@ from tekfac_edu.optim.eigenbasis import (
 from tekfac_edu.optim.factors import averaged, factors_from
 from tekfac_edu.optim.rescaling import move_eigenvalues
 
+LARGE = 2**18  # numbers in a matrix that does not profit from being multiplied along with others
+
 
 class LayerCurvature:
     """One layer's running averages, basis and eigenvalues.
@@ -89,15 +91,13 @@ class LayerCurvature:
         DecompositionFailed
         """
         S_in, S_out = self.factors.pair
-        s_in, Q_in = self._one_side(S_in, self.Q_in, self._kept)
+        s_in, Q_in = self._one_side(S_in, self.Q_in, self._kept(len(S_in)))
         s_out, Q_out = self._one_side(S_out, self.Q_out, len(S_out))
         scale = self.factors.spectrum_scale
         return [Q_in, Q_out] if self.corrected else [Q_in, Q_out, scale * s_in, scale * s_out]
 
-    @property
-    def _kept(self):
+    def _kept(self, d_in):
         """How many input directions the next basis has."""
-        d_in = len(self.factors.pair[0])
         return d_in if self.input_rank is None else min(self.input_rank, d_in)
 
     def _one_side(self, S, old, k):
@@ -113,7 +113,7 @@ class LayerCurvature:
     def identity_basis(self):
         """What to start with if the first `decompose` fails: the identity and its eigenvalues."""
         S_in, S_out = [S.nan_to_num() for S in self.factors.pair]
-        k = self._kept
+        k = self._kept(len(S_in))
         Q_in, Q_out = (torch.eye(len(S), dtype=S.dtype, device=S.device) for S in (S_in, S_out))
         if self.corrected:
             return [Q_in[:, :k], Q_out]
@@ -126,7 +126,7 @@ class LayerCurvature:
     def empty_basis(self):
         """Tensors of the shapes that `decompose` gives, to receive another rank's into."""
         S_in, S_out = self.factors.pair
-        k = self._kept
+        k = self._kept(len(S_in))
         bases = [S_in.new_empty(len(S_in), k), torch.empty_like(S_out)]
         if self.corrected:
             return bases
@@ -178,14 +178,15 @@ class LayerCurvature:
 
 
 def preconditioned(curvatures, matrices, dampings, rule, precision="full"):
-    """The damped inverse of each curvature applied to its matrix; those of one shape in one go.
+    """The damped inverse of each curvature applied to its matrix; small ones alike in one go.
 
     curvatures : list of LayerCurvature, ready.   matrices : list of (d_out, d_in) tensors.
     dampings : list of λ.   rule : damping rule.   precision : as for `precondition`.
     """
     alike = {}
     for i, M in enumerate(matrices):
-        alike.setdefault((M.shape, M.dtype, curvatures[i].Q_in.shape), []).append(i)
+        alone = i if M.numel() > LARGE else None
+        alike.setdefault((M.shape, M.dtype, curvatures[i].Q_in.shape, alone), []).append(i)
     results = [None] * len(matrices)
     for members in alike.values():
         some = [curvatures[i] for i in members]

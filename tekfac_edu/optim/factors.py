@@ -89,15 +89,16 @@ class TraceRestrictedFactors:
 
 
 def _trace_one(numerator, delta):
-    d = len(numerator)
-    isotropic = torch.eye(d, dtype=numerator.dtype, device=numerator.device) / d
-    return torch.where(delta > 0, numerator / delta, isotropic)
+    known = delta > 0
+    S = numerator / torch.where(known, delta, 1.0)
+    S.diagonal().add_(torch.where(known, 0.0, 1.0 / len(S)))
+    return S
 
 
 def averaged(old, new, decay):
     """decay · old + (1 − decay) · new, field by field."""
     pairs = zip(vars(old).items(), vars(new).values(), strict=True)
-    return type(old)(**{name: decay * x + (1 - decay) * y for (name, x), y in pairs})
+    return type(old)(**{name: y.lerp(x, decay) for (name, x), y in pairs})
 
 
 def factors_from(tensors):

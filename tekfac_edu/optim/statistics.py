@@ -62,7 +62,8 @@ class Refresh:
 
         def chunks(layer, batch):
             wanted = None if examples is None else examples / ranks_in(self.group)
-            return batch.chunks(layer.has_bias, examples=wanted, generator=generator)
+            how = {"examples": wanted, "generator": generator, "formed": True}
+            return batch.chunks(layer.has_bias, **how)
 
         def of(layer, few):
             curvature = self.curvatures[layer]
@@ -117,17 +118,17 @@ class Refresh:
         for layer, count, (_, total) in zip(layers, counts, sums, strict=True):
             tensors = flat[start : start + len(total)]
             start += len(total)
-            means[layer] = count, {k: t / count for k, t in zip(total, tensors, strict=True)}
+            means[layer] = {k: t.div_(count) for k, t in zip(total, tensors, strict=True)}
         if not means:
             return {}
-        finite = [
-            torch.stack([t.isfinite().all() for t in fields.values()]).all()
-            for _, fields in means.values()
+        finite = [  # as isfinite().all(), in one pass
+            torch.stack([end.isfinite() for t in fields.values() for end in t.aminmax()]).all()
+            for fields in means.values()
         ]
         finite = torch.stack(finite).tolist()
         used = torch.stack(counts).gt(0).tolist()
         result = {}
-        for (layer, (_, fields)), layer_finite, layer_used in zip(
+        for (layer, fields), layer_finite, layer_used in zip(
             means.items(), finite, used, strict=True
         ):
             if layer_used and layer_finite:
@@ -151,10 +152,9 @@ class Refresh:
             total = none(layer, partial(torch.zeros, dtype=dtype, device=weight.device))
         else:
             for examples in chunks(layer, batch):
-                n = examples.weight
-                new = of(layer, examples)
-                total = {k: n * t if total is None else total[k] + n * t for k, t in new.items()}
-                count += n
+                new = {k: t.mul_(examples.weight) for k, t in of(layer, examples).items()}
+                total = new if total is None else {k: t.add_(new[k]) for k, t in total.items()}
+                count += examples.weight
         return torch.tensor(float(count), dtype=dtype, device=weight.device), total
 
     def _warn_once(self, layer, what, text):
@@ -178,7 +178,7 @@ def warn_if_examples_differ(layers, batches):
 def warn_unless_explained(layer, batch, M):
     """Warn if M is not, up to its length, the mean over examples of g āᵀ that was captured."""
     mean = sum(
-        (g.sum(0).mT @ a).sum(0)
+        g.sum(0).flatten(0, 1).T @ a.flatten(0, 1)
         for a, g in (examples.pair() for examples in batch.chunks(layer.has_bias))
     )
     norms = M.norm() * mean.norm()
