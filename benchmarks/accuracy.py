@@ -2,12 +2,13 @@
 
     python benchmarks/accuracy.py --data-folder FOLDER                  (an hour on one core)
     python benchmarks/accuracy.py --data-folder FOLDER --device cuda --at-once 12
+    python benchmarks/accuracy.py --race mnist-5k-autoencoder --at-once 2
 
-distance    One TEKFAC trains ResNet20 on CIFAR-10. Beside it, on the same weights, gradients and
+distance    One TEKFAC trains the race's network. Beside it, on the same weights, gradients and
             batches, others keep cheaper statistics and never move a weight. Every interval all
             precondition the same gradient: ‖direction − exact direction‖ / ‖exact direction‖. To
             compare with: the exact method, whose statistics come from other batches.
-curves      The race cifar10-mini with TEKFAC's tuned settings, one thing changed at a time.
+curves      The race with TEKFAC's tuned settings, one thing changed at a time.
 
 The record is records/accuracy.json: device, versions, commit, command, date, and all numbers.
 """
@@ -35,6 +36,7 @@ from tekfac_edu.experiments.training import train
 from tekfac_edu.optim.refusals import gradient_of
 
 RECORDS = Path(__file__).parent / "records"
+RACES = ("cifar10-mini", "digits-mlp", "mnist-5k-autoencoder")
 VARIANTS = {
     "exact": {},
     "rows 16": {"factor_rows": 16},
@@ -45,6 +47,11 @@ VARIANTS = {
     "scale 8": {"scale_examples": 8},
     "rows 4, scale 32": {"factor_rows": 4, "scale_examples": 32},
     "qr": {"eigenbasis": "qr"},
+    "input rank 128": {"input_rank": 128},
+    "input rank 64": {"input_rank": 64},
+    "input rank 16": {"input_rank": 16},
+    "input rank 128, qr": {"input_rank": 128, "eigenbasis": "qr"},
+    "input rank 64, qr": {"input_rank": 64, "eigenbasis": "qr"},
     "bfloat16": {"precision": "bfloat16"},
     "rows 4, scale 32, qr": {"factor_rows": 4, "scale_examples": 32, "eigenbasis": "qr"},
 }
@@ -63,12 +70,35 @@ ORDER_ONLY = {  # what does not change a statistic, but when it is taken
         "scale_examples": 32,
         "precision": "bfloat16",
     },
+    "turns, rows 2, scale 32, input rank 128, qr": {
+        "stagger": True,
+        "factor_rows": 2,
+        "scale_examples": 32,
+        "input_rank": 128,
+        "eigenbasis": "qr",
+    },
+    "turns, rows 2, scale 32, input rank 64, qr": {
+        "stagger": True,
+        "factor_rows": 2,
+        "scale_examples": 32,
+        "input_rank": 64,
+        "eigenbasis": "qr",
+    },
+    "turns, rows 2, scale 32, input rank 128, qr, bfloat16": {
+        "stagger": True,
+        "factor_rows": 2,
+        "scale_examples": 32,
+        "input_rank": 128,
+        "eigenbasis": "qr",
+        "precision": "bfloat16",
+    },
     "no warm-up": {"warmup_steps": 0},
     "interval 100": {"interval": 100},
 }
 
 
 def main(
+    race: Literal[RACES] = "cifar10-mini",
     parts: tuple[Literal["distance", "curves"], ...] = ("distance", "curves"),
     data_folder: Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
@@ -85,10 +115,11 @@ def main(
     """Measure both parts.
 
     Args:
+        race: whose network, data and tuned settings.
         parts: which.
         data_folder: Parquet files of CIFAR-10; default: download once.
         device: cpu or cuda.
-        variants: of the curves.
+        variants: of both parts; the exact one is run in any case.
         seeds: of the curves.
         at_once: runs side by side.
         steps: of the distances.
@@ -99,41 +130,37 @@ def main(
         record: where the record goes.
     """
     folder = data_folder and str(data_folder)
-    settings = tuned()
+    base = PRESETS[race].base.replace(**tuned(race), optimizer="tekfac")
+    chosen = {n: c for n, c in (VARIANTS | ORDER_ONLY).items() if n in variants or n == "exact"}
     content = {
         "format": FORMAT,
         **circumstances(device),
         "command": " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "variants": VARIANTS | ORDER_ONLY,
+        "race": race,
+        "variants": chosen,
     }
     if "distance" in parts:
-        configuration = PRESETS["cifar10-mini"].base.replace(
-            **settings, optimizer="tekfac", width=width, interval=10, warmup_steps=0
-        )
-        content["distance"] = distances(configuration, steps, folder, device)
+        if base.fisher != "empirical":
+            sys.exit(f"{race} samples labels; distances are measured under the empirical Fisher")
+        configuration = base.replace(width=width, interval=10, warmup_steps=0)
+        content["distance"] = distances(configuration, chosen, steps, folder, device)
         print(distance_table(content["distance"]), flush=True)
     if "curves" in parts:
-        base = PRESETS["cifar10-mini"].base
-        base = base.replace(
-            **settings,
-            optimizer="tekfac",
-            epochs=epochs or base.epochs,
-            train_images=train_images,
-        )
-        content["curves"] = curves(base, variants, seeds, runs, at_once, folder, device)
+        base = base.replace(epochs=epochs or base.epochs, train_images=train_images)
+        content["curves"] = curves(base, chosen, seeds, runs, at_once, folder, device)
         print(curves_table(content["curves"]), flush=True)
     write_json(record, content)
 
 
-def tuned():
-    """lr, damping and weight decay of TEKFAC in the race cifar10-mini."""
-    runs, _ = read_races([RECORDS / "cifar10_mini.json"])
+def tuned(race):
+    """lr, damping and weight decay of TEKFAC in a race."""
+    runs, _ = read_races([RECORDS / f"{race.replace('-', '_')}.json"])
     settings = by_optimizer(runs)["tekfac"][0]["configuration"]
     return {name: settings[name] for name in ("lr", "damping", "weight_decay")}
 
 
-def distances(configuration, steps, folder, device):
+def distances(configuration, variants, steps, folder, device):
     """Per variant, at the end of each interval, the distance over all factored weights.
 
     Returns
@@ -146,8 +173,8 @@ def distances(configuration, steps, folder, device):
     leader = build_optimizer(configuration, model)
     watchers = {
         name: build_optimizer(configuration.replace(**changes), model)
-        for name, changes in VARIANTS.items()
-        if changes
+        for name, changes in variants.items()
+        if name in VARIANTS and changes
     }
     watchers["exact, other batches"] = build_optimizer(configuration, twin)
     for watcher in watchers.values():
@@ -207,8 +234,7 @@ def curves(base: Configuration, variants, seeds, folder, at_once, data_folder, d
     planned = [
         (name, base.replace(**changes, seed=seed))
         for seed in seeds
-        for name, changes in (VARIANTS | ORDER_ONLY).items()
-        if name in variants
+        for name, changes in variants.items()
     ]
     places = [Path(folder) / name / configuration.name for name, configuration in planned]
     if at_once == 1:
