@@ -256,9 +256,9 @@ def measure_growth(axis, device, eigh_cost, tiny=False):
         draw = torch.Generator().manual_seed(0)
         x = torch.rand(shape, generator=draw).to(device)
         y = torch.randint(classes, shape[:1], generator=draw).to(device)
-        times, _ = take_turns(steps, x, y, 2 * interval, 1)
-        refreshes = times["tekfac"][interval - 1 :: interval]
-        plain = [t for i, t in enumerate(times["tekfac"]) if (i + 1) % interval]
+        times, _ = take_turns(steps, x, y, 2 * interval, untimed=1)
+        refreshes = times["tekfac"][interval::interval]
+        plain = [t for i, t in enumerate(times["tekfac"]) if i % interval]
         timed = with_mean(min(plain), min(refreshes))
         sgd_seconds.append(min(times["sgd"]))
         for kind in kinds:

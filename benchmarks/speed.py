@@ -45,7 +45,7 @@ from tekfac_edu.figures import METHOD_STYLES, page_figure, use_book_style
 
 HERE = Path(__file__).parent
 UNTIMED = 3  # steps before the timed ones: buffers exist then, and each interval has its refresh
-MEASURED = ("mean", "median", "worst", "mean_ratio", "median_ratio", "worst_ratio")
+MEASURED = ("mean", "median", "worst", "first", "mean_ratio", "median_ratio", "worst_ratio")
 PEER_COLOR = "#0F7F5E"
 TINY = {"mlp": {"widths": (8,)}, "resnet20": {"width": 2}, "vgg16": {"width": 2}}
 

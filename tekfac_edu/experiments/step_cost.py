@@ -32,9 +32,10 @@ def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, interval
 
     Returns
     -------
-    dict: circumstances, configuration, and {optimizer: mean, median, worst step in seconds, all of
-    them relative to SGD's mean, state_bytes, parameter_bytes, peak_bytes (CUDA only: weights,
-    gradients and state, and what a step allocates beside them)}.
+    dict: circumstances, configuration, and {optimizer: mean, median and worst step in seconds; the
+    very first, which is not among them; mean and worst relative to SGD's mean; state_bytes,
+    parameter_bytes, peak_bytes (CUDA only: weights, gradients and state, and what a step allocates
+    beside them)}.
     """
     whole_number("intervals", intervals, 1)
     device = torch.device(device)
@@ -62,9 +63,10 @@ def time_steps(contestants, x, y, steps, untimed, failed=None):
     {name: costs}, as `measure_steps` describes them.
     """
     times, extra = take_turns(contestants, x, y, steps, untimed, failed)
-    base = statistics.mean(times[next(iter(contestants))])
+    base = statistics.mean(times[next(iter(contestants))][untimed:])
     measured = {}
-    for name, seconds in times.items():
+    for name, every in times.items():
+        seconds = every[untimed:]
         step = contestants[name]
         state = _bytes(step.optimizer.state_dict())
         weights = sum(p.numel() * p.element_size() for p in step.model.parameters())
@@ -72,6 +74,7 @@ def time_steps(contestants, x, y, steps, untimed, failed=None):
             "mean": statistics.mean(seconds),
             "median": statistics.median(seconds),
             "worst": max(seconds),
+            "first": every[0],
             "mean_ratio": statistics.mean(seconds) / base,
             "worst_ratio": max(seconds) / base,
             "state_bytes": state,
@@ -90,13 +93,13 @@ def take_turns(contestants, x, y, steps, untimed, failed=None):
         `optimizer`, as a `TrainingStep` has.
     x, y : the batch, on the device of the models.
     steps : how many are timed; whole intervals, so that a mean is one.
-    untimed : how many come before.
+    untimed : how many come before those that count.
     failed : {name: exception} to put a contestant into that fails; None: exceptions pass.
 
     Returns
     -------
-    ({name: seconds of each step}, {name: most bytes that a step allocated; CUDA only}), without
-    those that failed.
+    ({name: seconds of each step, the untimed ones first}, {name: most bytes that a timed step
+    allocated; CUDA only}), without those that failed.
     """
     device, running = x.device, dict(contestants)
     times = {name: [] for name in running}
@@ -115,8 +118,8 @@ def take_turns(contestants, x, y, steps, untimed, failed=None):
                 failed[name] = error
                 del running[name], times[name], extra[name]
                 continue
+            times[name].append(time.perf_counter() - start)
             if turn >= 0:
-                times[name].append(time.perf_counter() - start)
                 extra[name] = max(extra[name], _allocated(device) - before)
     return times, extra
 

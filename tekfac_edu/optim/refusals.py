@@ -91,9 +91,10 @@ def refuse_foreign_state(optimizer, state_dict):
             f"the state has curvature for {sorted(curvatures)}; the model has {sorted(sizes)}"
         )
     for name, size in sizes.items():
-        D = curvatures[name]["eigenvalues"]
-        if D is not None and (*D.shape,) != size:
-            raise ValueError(f"{name} is {size} here and {(*D.shape,)} in the state")
+        bases = [curvatures[name][side] for side in ("Q_out", "Q_in")]
+        theirs = tuple(len(Q) for Q in bases if Q is not None)  # whatever their input_rank
+        if theirs and theirs != size:
+            raise ValueError(f"{name} is {size} here and {theirs} in the state")
     ours = [p for group in optimizer.param_groups for p in group["params"]]
     theirs = [index for group in state_dict["param_groups"] for index in group["params"]]
     sizes, their_sizes = (

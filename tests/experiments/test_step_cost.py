@@ -27,6 +27,18 @@ def test_everything_is_measured_relative_to_sgd(measured):
         assert cost["worst_ratio"] == pytest.approx(cost["worst"] / sgd["mean"])
 
 
+def test_the_first_step_is_told_apart_and_not_counted(monkeypatch):
+    ordinary, waits = torch.optim.AdamW.step, [0.2]
+
+    def slow_at_first(self, closure=None):
+        time.sleep(waits.pop() if waits else 0)
+        return ordinary(self, closure)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", slow_at_first)
+    adam = step_cost.measure_steps(SMALL, IMAGES, "cpu", ["adam"], intervals=1)["steps"]["adam"]
+    assert adam["worst"] < 0.2 <= adam["first"]
+
+
 def test_memory_by_hand(measured):
     parameters = 65 * 8 + 9 * 10
     bytes_of = {name: cost["state_bytes"] for name, cost in measured["steps"].items()}

@@ -48,6 +48,15 @@ PAIRS = [*product(RANKS, RANKS), (2, 5), (5, 2)]
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Matrices here are small: more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def dense(Q_in, Q_out, D):
     """(Q_in ⊗ Q_out) diag(D) (Q_in ⊗ Q_out)ᵀ, the last column of a thin D shared out."""
     d_in, k = Q_in.shape
@@ -354,6 +363,7 @@ def test_a_copied_pair_trains_by_itself_and_equally(name, basis):
             assert_same_bits(everything(other, copied), at_the_copy)
             train(other, copied, stream[steps:])
             assert_same_bits(everything(other, copied), everything(model, optimizer))
+            assert "input_rank=2" in repr(copied)
 
 
 KEYS = ("Q_in", "Q_out", "s_in", "s_out", "eigenvalues", "basis_step", "scale_step", "factors")
