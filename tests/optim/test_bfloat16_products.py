@@ -38,6 +38,10 @@ def test_the_division_is_in_full():
     found = precondition(M, identity, torch.eye(1), D, "bfloat16")
     assert torch.equal(found, (1 / D).bfloat16().float())
     assert not torch.equal(found, 1 / D.bfloat16().float())
+    # the same with a third direction left out, whose share is as good as infinite
+    M, D = torch.ones(1, 3), torch.cat([D, torch.tensor([[2.0**60]])], 1)
+    found = precondition(M, torch.eye(3)[:, :2], torch.eye(1), D, "bfloat16")
+    assert torch.equal(found, (1 / D).bfloat16().float())
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
