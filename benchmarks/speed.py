@@ -56,14 +56,16 @@ def contestants_of(configuration, images, device, optimizers, peers, options):
     Parameters
     ----------
     configuration : Configuration, for all of them. peers: {name: function}, as in `peers.py`.
-    options : of the constructors of ours; with any, each of ours runs both without and with them.
+    options : of the constructors of ours; with any, each of ours runs both without and with them
+        (KFAC and TKFAC with "eigh" in any case).
     """
     steps, failed = {}, {}
     for name in ("sgd", *(name for name in optimizers if name != "sgd")):
         steps[NAMES[name]] = contestant(configuration.replace(optimizer=name), images, device)
         if options and name in KRONECKER:
             model = build_model(configuration, images).to(device)
-            optimizer = ours(name, model, configuration.interval, configuration.lr, options)
+            usable = options if METHODS[name].corrected else options | {"eigenbasis": "eigh"}
+            optimizer = ours(name, model, configuration.interval, configuration.lr, usable)
             loss = task_of(configuration).loss
             steps[f"{NAMES[name]}, options"] = TrainingStep(model, optimizer, loss)
     for name, make in peers.items():
