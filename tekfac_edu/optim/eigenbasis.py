@@ -120,14 +120,13 @@ def precondition(M, Q_in, Q_out, D_damped, precision="full"):
     Q_in, D_damped : (d_in, d_in) and (d_out, d_in); or, truncated, (d_in, k) and (d_out, k + 1).
     precision : "bfloat16": factors of the four products are rounded to it, and divided is in full.
     """
-    dtype = D_damped.dtype
     if precision == "bfloat16":
         Q_in, Q_out = Q_in.bfloat16(), Q_out.bfloat16()
     Z = Q_out.mT @ M.to(Q_out.dtype)
     C = Z @ Q_in
     k = Q_in.shape[-1]
     if D_damped.shape[-1] == k:
-        return (Q_out @ (C.to(dtype) / D_damped).to(Q_out.dtype) @ Q_in.mT).to(M.dtype)
-    D_damped, r_damped = D_damped[..., :k], D_damped[..., k:]
-    C = (C.to(dtype) * (1 / D_damped - 1 / r_damped)).to(Q_in.dtype)
-    return (Q_out @ (Z.to(dtype) / r_damped + C @ Q_in.mT).to(Q_out.dtype)).to(M.dtype)
+        return (Q_out @ (C / D_damped).to(Z.dtype) @ Q_in.mT).to(M.dtype)
+    for_the_rest = (1 / D_damped[..., k:]).to(Z.dtype)  # rounded here: it has to cancel below
+    C = C * (1 / D_damped[..., :k] - for_the_rest)
+    return (Q_out @ (Z * for_the_rest + C.to(Z.dtype) @ Q_in.mT)).to(M.dtype)
