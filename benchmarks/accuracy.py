@@ -15,6 +15,7 @@ The record is records/accuracy.json: device, versions, commit, command, date, an
 
 import copy
 import datetime
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -136,7 +137,7 @@ def main(
     content = {
         "format": FORMAT,
         **circumstances(device),
-        "command": " ".join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "race": race,
         "variants": chosen,

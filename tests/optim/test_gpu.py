@@ -187,3 +187,21 @@ def test_a_state_from_there_goes_on_here(method, device, fisher):
         elif fisher == "empirical":
             for p, q in zip(resumed.parameters(), model.parameters(), strict=True):
                 assert_close(p, q.detach().cpu().numpy())
+
+
+@every_device
+@pytest.mark.parametrize("eigenbasis", ["eigh", "qr"])
+def test_a_truncated_basis_is_orthonormal_and_keeps_the_trace(device, eigenbasis):
+    def curvatures(**options):
+        model = cnn().to(device)
+        optimizer = TEKFAC(model, 0.01, **EVERY_STEP, **options)
+        x, y = moved(next(iter(batches((1, 6, 6), 8))), device)
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        return list(optimizer.curvatures.values())
+
+    whole, cut = curvatures(), curvatures(input_rank=3, eigenbasis=eigenbasis)
+    for full, part in zip(whole, cut, strict=True):
+        assert part.Q_in.device.type == device and part.Q_in.shape[1] == 3
+        assert_close((part.Q_in.T @ part.Q_in).cpu(), np.eye(3))
+        assert_close(part.eigenvalues.sum().cpu(), full.eigenvalues.sum().item())
