@@ -32,7 +32,6 @@ from tekfac_edu.optim.turns import turns_of
 from tekfac_edu.optim.warning import warn
 
 INTERVAL, WARMUP_STEPS = 10, 20  # what is used where nothing is given
-THIN_ROWS, THIN_EXAMPLES = 2, 32  # with convolutions: benchmarks/README.md has the evidence
 
 
 class KroneckerOptimizer(torch.optim.Optimizer):
@@ -70,8 +69,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         scale_decay=0.95,
         eigenbasis="eigh",
         input_rank=None,
-        factor_rows="auto",
-        scale_examples="auto",
+        factor_rows=None,
+        scale_examples=None,
         stagger=False,
         precision="full",
         lr_scale="natural",
@@ -111,9 +110,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             kept. None: all. With "qr" no large matrix is ever decomposed.
         factor_rows : per number in a layer's input (d_in), from how many examples times positions
             its factors are estimated, at positions drawn anew each time; None: all there are.
-            "auto": 2 if no interval is given and the model has convolutions, else all.
         scale_examples : from how many examples of the batch, drawn anew each time, the eigenvalues
-            of EKFAC and TEKFAC are measured; None: all. "auto": 32 where factor_rows would be 2.
+            of EKFAC and TEKFAC are measured; None: all.
         stagger : layers take turns: each is refreshed at its own steps of the interval, so that no
             step is slow. The first step, and those of the warm-up, refresh all layers.
         precision : "full", or "bfloat16": of the four products that precondition a gradient, each
@@ -152,10 +150,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 f"model must be the nn.Module itself, not its parameters: its layers' inputs are "
                 f"needed; got {type(model).__name__}"
             )
-        given = (factor_interval, eigen_interval, scale_interval)
-        by_default = all(interval is None for interval in given)
         if warmup_steps is None:
-            warmup_steps = WARMUP_STEPS if by_default else 0
+            given = (factor_interval, eigen_interval, scale_interval)
+            warmup_steps = WARMUP_STEPS if all(interval is None for interval in given) else 0
         self.warmup_steps = whole_number("warmup_steps", warmup_steps, 0)
         self.factor_interval = _interval("factor_interval", factor_interval)
         self.eigen_interval = _interval("eigen_interval", eigen_interval)
@@ -169,6 +166,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
                 f'{type(self).__name__} needs the eigenvalues of its factors: "eigh"'
             )
         self.input_rank = _or_none(whole_number, "input_rank", input_rank, 1)
+        self.factor_rows = _or_none(real_number, "factor_rows", factor_rows, above=0)
+        self.scale_examples = _or_none(whole_number, "scale_examples", scale_examples, 1)
         if not isinstance(stagger, bool):
             raise ValueError(f"stagger must be True or False; got {stagger!r}")
         self.stagger = stagger
@@ -182,13 +181,6 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         self.steps = 0
         self.warned = set()
         self.layers, self.treatments = find_layers(model, plain_sgd)
-        thin = by_default and any(layer.is_convolution for layer in self.layers)
-        if factor_rows == "auto":
-            factor_rows = THIN_ROWS if thin else None
-        if scale_examples == "auto":
-            scale_examples = THIN_EXAMPLES if thin else None
-        self.factor_rows = _or_none(real_number, "factor_rows", factor_rows, above=0)
-        self.scale_examples = _or_none(whole_number, "scale_examples", scale_examples, 1)
         self.turns = turns_of(self.layers, self._longest_interval if stagger else 1)
         self.curvatures = {
             layer: LayerCurvature(self.corrected, eigenbasis == "qr", self.input_rank)

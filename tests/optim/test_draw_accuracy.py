@@ -50,8 +50,7 @@ def batch():
 def directions(method, step=0, damping=DAMPING, **options):
     """The preconditioned gradient of both convolutions, drawn as step `step` draws; curvatures."""
     model, (x, y) = network(), batch()
-    everything = {"factor_rows": None, "scale_examples": None}
-    settings = {"damping": damping, "damping_rule": "added", **everything, **options}
+    settings = {"damping": damping, "damping_rule": "added", **options}
     optimizer = getattr(optim, method)(model, 0.0, process_group=None, **settings)
     optimizer.steps = step  # 0 is no special step: nothing is ready, so all is due
     functional.cross_entropy(model(x), y).backward()
