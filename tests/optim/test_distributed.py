@@ -8,9 +8,12 @@ from . import two_processes
 from .training import assert_same_bits, differences
 from .two_processes import FISHERS, LAYERS, METHODS, half_of, network, optimizer_for, result, run
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
+    ),
+    pytest.mark.usefixtures("one_thread"),  # as the ranks have
+]
 every_method = pytest.mark.parametrize("method", METHODS)
 every_fisher = pytest.mark.parametrize("fisher", FISHERS)
 REFRESHES = 2  # steps 0 and 2 of four, with eigen_interval 2
@@ -22,15 +25,6 @@ def ranks(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("ranks"))
     multiprocessing.spawn(two_processes.main, (folder,), nprocs=2)
     return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As the ranks have: with another number of threads the last bits of a product may differ."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def by_one_process(method, fisher, part=slice(None)):

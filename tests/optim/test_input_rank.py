@@ -86,16 +86,10 @@ every_name = pytest.mark.parametrize("name", METHODS)
 every_basis = pytest.mark.parametrize(("name", "basis"), METHODS_AND_BASES)
 RANKS = (1, 3)  # of 4 inputs at least: three to share, and one or more
 # a warning about a network that is all right is a fault too
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices here are small: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.filterwarnings("error::RuntimeWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 @cache

@@ -45,16 +45,10 @@ by_qr = pytest.mark.parametrize("name", ["EKFAC", "TEKFAC"])
 TURNING = {"factor_interval": 1, "eigen_interval": 1, "scale_interval": 1000}
 RANKS = [None, 1, 2, 4]  # the mlp's layers have 5 and 6 inputs; with 5 one of them is truncated
 PAIRS = [*product(RANKS, RANKS), (2, 5), (5, 2)]
-pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices here are small: more threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.filterwarnings("error::RuntimeWarning"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 
 def dense(Q_in, Q_out, D):
