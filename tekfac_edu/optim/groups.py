@@ -1,8 +1,4 @@
-"""Parameter groups: each of the user's becomes two, its factored parameters and its others.
-
-The two have learning rates of different meaning: for a factored layer lr multiplies a
-preconditioned direction, for the others a gradient, as in SGD.
-"""
+"""Parameter groups: those given, and one of all parameters that are in none."""
 
 import torch
 
@@ -20,42 +16,53 @@ def check_settings(group):
     """ValueError that names the setting of a group that is out of its bounds."""
     for name, bounds in SETTINGS.items():
         real_number(name, group[name], **bounds)
+    if "lr_other" in group:
+        raise TypeError("lr_other is gone: a group's lr is that of all its parameters")
 
 
-def split_groups(given, parameters, factored, defaults, lr_other, natural):
-    """The groups for torch: those given, then what is left, each as factored and others.
+def complete_groups(given, parameters, defaults):
+    """The groups for torch: those given, then what is left.
 
     Parameters
     ----------
-    given : list of dicts, "params" and any of `SETTINGS` and lr_other.
-    parameters : all of the model's.   factored : set of those that are in a factored layer.
-    defaults : dict of `SETTINGS`, where a group gives none.
-    lr_other : of others, where a group gives neither it nor lr; None: as `natural` says.
-    natural : whether the others' learning rate is lr / damping, or else lr.
+    given : list of dicts, "params" and any of `SETTINGS`.
+    parameters : all of the model's.   defaults : dict of `SETTINGS`, where a group gives none.
 
     Raises
     ------
     ValueError
         If a setting is out of its bounds, or a parameter is not of the model.
     """
-    given = [{**group, "params": _as_list(group["params"])} for group in given]
+    given = [{**defaults, **group, "params": _as_list(group["params"])} for group in given]
     taken = {p for group in given for p in group["params"]}
     if strangers := taken - set(parameters):
         shapes = [(*p.shape,) for p in strangers]
         raise ValueError(f"param_groups has parameters the model has not, of shapes {shapes}")
-    rest = [p for p in parameters if p not in taken]
-    groups = []
-    for group in [*given, {"params": rest, "lr_other": lr_other}]:
-        settings = {**defaults, **group}
-        other = settings.pop("lr_other", None if "lr" in group else lr_other)
-        check_settings(settings)
-        if other is None:
-            other = settings["lr"] / settings["damping"] if natural else settings["lr"]
-        other = real_number("lr_other", other, **SETTINGS["lr"])
-        mine = [p for p in group["params"] if p in factored]
-        others = [p for p in group["params"] if p not in factored]
-        groups += [{**settings, "params": mine}, {**settings, "params": others, "lr": other}]
-    return [group for group in groups if group["params"]]
+    rest = {**defaults, "params": [p for p in parameters if p not in taken]}
+    for group in (*given, rest):
+        check_settings(group)
+    return [group for group in (*given, rest) if group["params"]]
+
+
+def damping_of_layers(layers, groups):
+    """λ of the group of each layer's parameters: a dict.
+
+    Raises
+    ------
+    ValueError
+        If a layer's weight and bias are in groups of different damping.
+    """
+    group_of = {p: group for group in groups for p in group["params"]}
+    found = {}
+    for layer in layers:
+        found[layer] = group_of[layer.weight]["damping"]
+        if layer.has_bias and group_of[layer.bias]["damping"] != found[layer]:
+            raise ValueError(
+                f"{layer} has its weight in a parameter group of damping {found[layer]} and its "
+                f"bias in one of {group_of[layer.bias]['damping']}; they are damped together: give "
+                f"both groups the same damping"
+            )
+    return found
 
 
 def _as_list(parameters):
