@@ -69,7 +69,7 @@ class LayerBatch:
         if len(set(shapes)) > 1:
             return None
         wanted = rows / self.num_examples / len(uses)
-        grids = [draw_grid(*shape, wanted, generator) for shape in shapes]
+        grids = [draw_grid(height, width, wanted, generator) for height, width in shapes]
         return grids if any(grids) else None
 
 

@@ -94,9 +94,9 @@ class LayerCurvature:
         DecompositionFailed
         """
         sides = S_in, S_out = self.factors.S_in, self.factors.S_out
-        old = self.basis or Basis(None, None)
-        s_in, Q_in = self._one_side(S_in, old.Q_in, self._kept(S_in))
-        s_out, Q_out = self._one_side(S_out, old.Q_out, S_out.shape[-1])
+        old_in, old_out = self.basis or (None, None)
+        s_in, Q_in = self._one_side(S_in, old_in, self._kept(S_in))
+        s_out, Q_out = self._one_side(S_out, old_out, S_out.shape[-1])
         return self._decomposition(sides, basis_of(Q_in, Q_out), s_in, s_out)
 
     def identity(self):

@@ -9,6 +9,8 @@ its a and g come from: `capture.py`; what becomes of them: `refresh.py`; what is
 `curvature.py`; when: `schedule.py`.
 """
 
+from typing import Any
+
 import torch
 from torch.profiler import record_function
 
@@ -69,7 +71,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         plain SGD; the message names it.
     """
 
-    factors = eigenvalues = damped = None  # what a method says of itself
+    # What a method says of itself: (a, g) -> factors; the kind of D; (eigenvalues, λ) -> D damped.
+    factors: Any = None
+    eigenvalues: Any = None
+    damped: Any = None
 
     accumulate_fisher = accumulate_fisher
     report = report

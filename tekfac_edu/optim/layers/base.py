@@ -13,7 +13,9 @@ import math
 
 import torch
 
-KINDS = []  # the classes that derive from Layer, in the order in which they were defined
+KINDS: list[
+    type["Layer"]
+] = []  # the classes that derive from Layer, in the order in which they were defined
 
 
 class Layer:
@@ -33,7 +35,6 @@ class Layer:
     """
 
     is_convolution = False
-    blocks = None
 
     def __init_subclass__(cls):
         KINDS.append(cls)
@@ -41,7 +42,8 @@ class Layer:
     def __init__(self, name, module, has_bias):
         self.name, self.module, self.has_bias = name, module, has_bias
         self.weight, self.bias = module.weight, module.bias if has_bias else None
-        blocks = [] if self.blocks is None else [self.blocks]
+        self.blocks = self.blocks_of(module)
+        blocks = () if self.blocks is None else (self.blocks,)
         self.d_out = len(self.weight) // (self.blocks or 1)
         self.d_in = self.weight[0].numel() + has_bias
         self.shape = (*blocks, self.d_out, self.d_in)
@@ -60,6 +62,11 @@ class Layer:
     @staticmethod
     def refusal(module):
         """Why a module that a reader would expect this kind to factor is not; None otherwise."""
+        return None
+
+    @staticmethod
+    def blocks_of(module):
+        """How many independent maps the module is made of; None: one."""
         return None
 
     def batched(self, tensor):

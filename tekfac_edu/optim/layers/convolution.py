@@ -65,9 +65,9 @@ class GroupedConvolution(Convolution):
     def accepts(module):
         return isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1
 
-    @property
-    def blocks(self):
-        return self.module.groups
+    @staticmethod
+    def blocks_of(module):
+        return module.groups
 
     def inputs(self, x, grid=None):
         a = patches(self.module, scaled_to_grid(x.to(self.dtype), grid), grid)
