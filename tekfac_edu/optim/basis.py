@@ -4,8 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from tekfac_edu.optim import eigenvalues
 from tekfac_edu.optim.eigenbasis import precondition
+from tekfac_edu.optim.eigenvalues import corrected_eigenvalues, eigenvalues_of_gradients
+from tekfac_edu.optim.factors import Formula
 
 
 class Eigenvectors(NamedTuple):
@@ -25,8 +26,7 @@ class Basis(Eigenvectors):
 
     __slots__ = ()
 
-    corrected_eigenvalues = staticmethod(eigenvalues.corrected_eigenvalues)
-    second_moments = staticmethod(eigenvalues.second_moments)
+    corrected_eigenvalues = Formula(corrected_eigenvalues, eigenvalues_of_gradients)
     precondition = staticmethod(precondition)
 
     @property

@@ -40,6 +40,7 @@ class LayerBatch:
             scale = 1 if num_parts is None else len(uses[0].x) * num_parts
             self.wholes.append(Chunk(layer, uses, scale))
         self.num_examples = sum(map(len, self.wholes))
+        self.has_positions = any(whole.T > 1 for whole in self.wholes)
 
     def chunks(self, examples=None, rows=None, generator=None, formed=False):
         """`Chunk`s, so small that 128 MiB hold what is made of them.
@@ -47,21 +48,28 @@ class LayerBatch:
         Parameters
         ----------
         examples : of how many examples, the same share of every part; None, or too many: all.
+            Not along with rows.
         rows : of how many examples times positions at least, on a grid of positions that is the
             same for all examples; None, too many, or calls of unequal size: all.
         generator : torch.Generator (on the CPU) that draws examples and the grid's offset.
         formed : whether each example's own gradient matrix is to be formed, which takes room.
         """
         for whole in self.wholes:
-            chosen, stands_for, grids = None, 1, None
+            chunk = whole
+            if rows is not None and (grids := self._grids(whole.uses, rows, generator)):
+                chunk = whole.only(grids, None, 1)
             if examples is not None:
-                share = math.ceil(examples * len(whole) / self.num_examples)
-                chosen, stands_for = draw_examples(len(whole), share, generator)
-            if rows is not None:
-                grids = self._grids(whole.uses, rows, generator)
-            drawn = chosen is not None or grids is not None
-            chunk = whole.only(grids, chosen, stands_for) if drawn else whole
+                chunk = self._drawn(whole, examples, generator)
             yield from chunk.split(formed)
+
+    def _drawn(self, whole, examples, generator):
+        """Some examples of a part; the same ones for every statistic of the step."""
+        if examples not in whole.drawn:
+            share = math.ceil(examples * len(whole) / self.num_examples)
+            chosen, stands_for = draw_examples(len(whole), share, generator)
+            few = whole if chosen is None else whole.only(None, chosen, stands_for)
+            whole.drawn[examples] = few
+        return whole.drawn[examples]
 
     def _grids(self, uses, rows, generator):
         """For each use a `Grid` of positions, all of one share; None for all positions."""
@@ -97,7 +105,8 @@ class Chunk:
         self.T = sum(math.prod(layer.positions(use.gradients[0])) for use in uses)
         self.S = len(uses[0].gradients)
         self.weight = stands_for * len(self)
-        self.kept = None
+        self.kept = self.kept_gradients = None
+        self.drawn = {}  # how many examples -> `Chunk` of so many
 
     def __len__(self):
         return len(self.uses[0].x) if self.chosen is None else len(self.chosen)
@@ -138,19 +147,27 @@ class Chunk:
         g = g[0].unsqueeze(-4) if len(g) == 1 else torch.stack(g, -4)
         return self.layer.inputs(x, grid), g
 
-    def eigenvalues(self, basis):
-        """Their corrected eigenvalues in a basis, the cheaper of the two ways."""
-        layer = self.layer
-        if self.T == 1 or projecting_first_is_cheaper(self.T, layer.d_out, self.S):
-            return layer.each_block(basis.corrected_eigenvalues)(*self.rows(), *basis)
+    def gradients(self):
+        """G: (S, n, d_out, d_in); made once where that takes little room."""
+        if self.kept_gradients is not None:
+            return self.kept_gradients
         G = 0
         for use in self.uses:
-            x, g = use.x, torch.stack(use.gradients)
+            x, g = use.x, use.gradients
             if self.chosen is not None:
-                x, g = x[self.chosen], g[:, self.chosen]
-            formed, Q_in = layer.turned_gradients(x, g, *basis)
-            G = G + formed
-        return self.scale**2 * layer.each_block(basis.second_moments)(G, Q_in)
+                x, g = x[self.chosen], [vector[self.chosen] for vector in g]
+            G = G + self.layer.example_gradients(x, g)
+        G = self.scale * G
+        if G.numel() <= KEPT:
+            self.kept_gradients = G
+        return G
+
+    def statistic(self, formula, *arguments):
+        """A `Formula` of these examples, the cheaper of its two ways."""
+        T, d_out, each_block = self.T, self.layer.d_out, self.layer.each_block
+        if T == 1 or projecting_first_is_cheaper(T, d_out, self.S):
+            return each_block(formula.of_rows)(*self.rows(), *arguments)
+        return each_block(formula.of_gradients)(self.gradients(), *arguments)
 
 
 def _joined(tensors):

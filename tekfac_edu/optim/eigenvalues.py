@@ -82,15 +82,15 @@ def corrected_eigenvalues(a, g, Q_in, Q_out):
         return g[:, :, 0].square().sum(0).T @ (a[:, 0] @ Q_in).square() / N
     if projecting_first_is_cheaper(T, Q_out.shape[1], len(g)):
         return (g.mT @ (a @ Q_in)).square().sum((0, 1)) / N
-    return second_moments(g.mT @ a, Q_in)
+    return (g.mT @ a @ Q_in).square().sum((0, 1)) / N
 
 
-def second_moments(G, Q_in):
-    """D of gradients whose output side is in the basis already.
+def eigenvalues_of_gradients(G, Q_in, Q_out):
+    """`corrected_eigenvalues` of gradients that have been formed.
 
-    G : (S, N, d_out, d_in) tensor, Q_outᵀ G_n.   Q_in : (d_in, k) tensor.
+    G : (S, N, d_out, d_in) tensor.   Q_in, Q_out : as there.
     """
-    return (G @ Q_in).square().sum((0, 1)) / G.shape[1]
+    return (Q_out.mT @ G @ Q_in).square().sum((0, 1)) / G.shape[1]
 
 
 def projecting_first_is_cheaper(T, d_out, S=1):

@@ -9,6 +9,7 @@ a batch, over the parts of an accumulated one, over processes and over time is t
 and the identities of the factors survive all four.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,17 @@ def _trace_one(numerator, delta):
     return S
 
 
+class Formula(NamedTuple):
+    """One statistic in two ways, for whichever is cheaper; further arguments are the same for both.
+
+    of_rows : formula of a: (N, T, d_in) and g: (S, N, T, d_out).
+    of_gradients : formula of G: (S, N, d_out, d_in), the examples' gradients, formed.
+    """
+
+    of_rows: Callable
+    of_gradients: Callable
+
+
 def averaged(old, new, decay):
     """Running average decay · old + (1 − decay) · new, numerator by numerator; decay: of the old.
 
@@ -162,6 +174,42 @@ def trace_restricted_factors(a, g):
     root_a = (a * (trace_Gamma_all[..., None] / N).sqrt()).flatten(0, 1)
     root_g = (g * (trace_Lambda[..., None] / N).sqrt()).flatten(0, 2)
     return TraceRestrictedFactors(delta, _gram(root_a), _gram(root_g))
+
+
+def summed_factors(a, g):
+    """The trace-restricted factors of each example's summed gradient, G_n = Σ_t g_nt ā_ntᵀ (ours).
+
+        δ = E‖G_n‖²,   δΦ = E[G_nᵀ G_n],   δΨ = E[G_n G_nᵀ]
+
+    They are the true trace and partial traces of F, where those of `trace_restricted_factors` are
+    of its position-diagonal part; the same with T = 1. Nothing of size d_out × d_in is formed.
+
+    Parameters
+    ----------
+    a, g : as for `kfac_factors`.
+
+    Returns
+    -------
+    TraceRestrictedFactors
+    """
+    a, g = layer_format(a, g)
+    N = len(a)
+    pairs_a, pairs_g = a @ a.mT, g @ g.mT  # (N, T, T) and (S, N, T, T)
+    delta = (pairs_a * pairs_g).sum() / N
+    delta_Phi = (pairs_g.sum(0) @ a).flatten(0, 1).T @ a.flatten(0, 1) / N
+    delta_Psi = (pairs_a @ g).flatten(0, 2).T @ g.flatten(0, 2) / N
+    return TraceRestrictedFactors(delta, delta_Phi, delta_Psi)
+
+
+def factors_of_gradients(G):
+    """`summed_factors` of gradients that have been formed.
+
+    G : (S, N, d_out, d_in) tensor, one for every vector and example.
+    """
+    N = G.shape[1]
+    delta_Phi = _gram(G.flatten(0, 2)) / N
+    delta_Psi = (G @ G.mT).sum((0, 1)) / N
+    return TraceRestrictedFactors(delta_Psi.diagonal().sum(), delta_Phi, delta_Psi)
 
 
 def _gram(rows):

@@ -9,6 +9,7 @@ its a and g come from: `capture.py`; what becomes of them: `refresh.py`; what is
 `curvature.py`; when: `schedule.py`.
 """
 
+from collections import deque
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from tekfac_edu.optim.schedule import STAGES, Schedule
 from tekfac_edu.optim.settings import Settings, refuse_replaced
 from tekfac_edu.optim.state import load_state, state_of
 from tekfac_edu.optim.treatment import find_layers, unwrapped
+from tekfac_edu.optim.trust import trusted
 
 
 class KroneckerOptimizer(torch.optim.Optimizer):
@@ -57,6 +59,10 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     warmup : at each of the first so many steps everything is refreshed (ours: an untrained
         network's gradients are small, its curvature grows a hundredfold while it begins to learn,
         and steps by the first one are too long; chapter 12).
+    trust : κ > 0, bounds the predicted change of the model's outputs in a step (`trust.py`); None:
+        no bound.
+    positions : "summed": TKFAC's and TEKFAC's factors are those of each example's summed gradient
+        (ours); "apart": the papers' sums over positions. None: "summed" where the method has it.
     cost : "exact", "low", or a Cost: what is drawn, truncated, staggered and rounded.
     plain : names of modules that are not to be factored.
     param_groups : list of dicts of own settings: "params", and any of lr, momentum, weight_decay,
@@ -75,6 +81,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     factors: Any = None
     eigenvalues: Any = None
     damped: Any = None
+    summed_factors: Any = None  # the factors with positions summed, of a method that has them
 
     accumulate_fisher = accumulate_fisher
     report = report
@@ -95,6 +102,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         interval=10,
         decay=0.95,
         warmup=20,
+        trust=None,
+        positions=None,
         cost="exact",
         plain=(),
         param_groups=None,
@@ -104,8 +113,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         refuse_replaced(replaced)
         refuse_model(self, model)
         ranks_of(process_group)
-        chosen = fisher, interval, decay, warmup, damping, cost, torch.initial_seed()
-        settings = Settings.checked(self.stages(), *chosen)
+        chosen = fisher, interval, decay, warmup, trust, positions, damping, cost
+        settings = Settings.checked(type(self), *chosen, seed=torch.initial_seed())
         self.process_group = process_group
         self.steps = 0
         self.warned = set()
@@ -133,6 +142,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     def take(self, settings):
         """Exchange the `Settings`, between two steps."""
         self.settings = settings
+        self.shrunk = deque(maxlen=max(settings.interval))  # ν of the last steps
         self.schedule = Schedule(self.layers, settings, self.stages())
         for curvature in self.curvatures.values():
             curvature.cost = settings.cost
@@ -194,11 +204,12 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         return loss
 
     def _directions(self, gradients):
-        """Of every layer that has a gradient, times λ: {Layer: (d_out, d_in)}."""
+        """Of every layer that has a gradient, times λ, within the trust region."""
         dampings = self.dampings()
         with record_function("tekfac_edu: precondition"):
             found = self._preconditioned(gradients, dampings)
-        return {layer: dampings[layer] * direction for layer, direction in found.items()}
+            scaled = {layer: dampings[layer] * direction for layer, direction in found.items()}
+            return trusted(self, scaled, gradients, dampings)
 
     def _preconditioned(self, matrices, dampings):
         rule, precision = self.settings.damping, self.settings.cost.precision

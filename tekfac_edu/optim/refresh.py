@@ -70,12 +70,20 @@ class Refresh:
 
     def factors(self, layers):
         """Average in the factors of the batch."""
-        rows, sums = self.settings.cost.factor_rows, {}
+        cost, sums = self.settings.cost, {}
         with record_function("tekfac_edu: statistics of factors"):
             for layer in layers:
                 curvature, count, total = self.curvatures[layer], 0, None
-                for chunk in self._chunks(layer, rows=rows and rows * layer.d_in):
-                    factors = layer.each_block(curvature.method.factors)(*chunk.rows())
+                method, rows = curvature.method, cost.factor_rows and cost.factor_rows * layer.d_in
+                if summed := self._sums_positions(layer):
+                    chunks = self._chunks(layer, examples=cost.eigenvalue_examples, formed=True)
+                else:
+                    chunks = self._chunks(layer, rows=rows)
+                for chunk in chunks:
+                    if summed:
+                        factors = chunk.statistic(method.summed_factors)
+                    else:
+                        factors = layer.each_block(method.factors)(*chunk.rows())
                     total = added(total, factors, chunk.weight)
                     count += chunk.weight
                 sums[layer] = count, total or curvature.no_factors()
@@ -112,12 +120,18 @@ class Refresh:
                 if curvature.basis is None:
                     continue
                 for chunk in self._chunks(layer, examples=examples, formed=True):
-                    measured = MeasuredEigenvalues(chunk.eigenvalues(curvature.basis))
-                    total = added(total, measured, chunk.weight)
+                    basis = curvature.basis
+                    D = chunk.statistic(basis.corrected_eigenvalues, *basis)
+                    total = added(total, MeasuredEigenvalues(D), chunk.weight)
                     count += chunk.weight
                 sums[layer] = count, total or curvature.no_eigenvalues()
             for layer, (D,) in self._means(sums):
                 self.curvatures[layer].average_eigenvalues(D, self.settings.decay, self.step)
+
+    def _sums_positions(self, layer):
+        """Whether the layer's factors are those of each example's summed gradient."""
+        summed = self.settings.positions == "summed" and layer in self.batches
+        return summed and self.batches[layer].has_positions
 
     def _chunks(self, layer, rows=None, examples=None, formed=False):
         """This process's share of the layer's batch; rows and examples are of all ranks."""

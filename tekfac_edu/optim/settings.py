@@ -107,6 +107,7 @@ class Settings:
     interval : steps between refreshes of factors, bases and eigenvalues (T_FIM, T_EIG, T_RE).
     decay : ρ, weight of the old value in the running averages, 0 to 1.
     warmup : at each of the first so many steps everything is refreshed.
+    trust : κ of the trust region, or None.   positions : "summed" or "apart".
     damping : rule.   cost : Cost.
     seed : of the samples of fisher="mc".
     """
@@ -115,15 +116,19 @@ class Settings:
     interval: tuple[int, int, int]
     decay: float
     warmup: int
+    trust: float | None
+    positions: str
     damping: Paper
     cost: Cost
     seed: int
 
     @classmethod
-    def checked(cls, stages, fisher, interval, decay, warmup, damping, cost, seed):
+    def checked(
+        cls, method, fisher, interval, decay, warmup, trust, positions, damping, cost, seed
+    ):
         """From the constructor's arguments.
 
-        stages : those of the method, some of `STAGES`.
+        method : KFAC, EKFAC, TKFAC or TEKFAC.
 
         Raises
         ------
@@ -131,7 +136,9 @@ class Settings:
             That names the argument, what it got, and what would be right.
         """
         one_of("fisher", fisher, ("empirical", "mc", "exact"))
-        by_factors = "eigenvalues" not in stages
+        by_factors = "eigenvalues" not in method.stages()
+        ways = ("summed", "apart") if method.summed_factors else ("apart",)
+        positions = one_of("positions", positions or ways[0], ways)
         if isinstance(cost, str):
             cost = COSTS[one_of("cost", cost, COSTS)]
             cost = replace(cost, eigenbasis="eigh") if by_factors else cost
@@ -147,6 +154,8 @@ class Settings:
             _triple(interval),
             real_number("decay", decay, at_least=0, at_most=1),
             whole_number("warmup", warmup, 0),
+            None if trust is None else real_number("trust", trust, above=0),
+            positions,
             rule_from(damping),
             cost,
             seed,
@@ -158,7 +167,7 @@ class Settings:
         return {**asdict(self), "damping": rule}
 
     @classmethod
-    def from_dict(cls, stages, plain):
+    def from_dict(cls, method, plain):
         """What `as_dict` gave; ValueError if it is something else."""
         if not isinstance(plain, dict) or set(plain) != {field.name for field in fields(cls)}:
             raise ValueError(f"the state's settings are not those of this version: {plain!r}")
@@ -168,7 +177,7 @@ class Settings:
             cost = Cost(**plain["cost"])
         except (KeyError, TypeError) as error:
             raise ValueError(f"the state's damping or cost cannot be read: {error}") from error
-        return cls.checked(stages, **{**plain, "damping": damping, "cost": cost})
+        return cls.checked(method, **{**plain, "damping": damping, "cost": cost})
 
     def __str__(self):
         return ", ".join(

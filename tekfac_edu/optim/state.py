@@ -28,7 +28,7 @@ def load_state(optimizer, state, load_groups):
         If it is of another method or model; nothing has been loaded then.
     """
     refuse_foreign_state(optimizer, state)
-    settings = Settings.from_dict(optimizer.stages(), state["settings"])
+    settings = Settings.from_dict(type(optimizer), state["settings"])
     load_groups({name: state[name] for name in ("state", "param_groups")})
     for layer, curvature in optimizer.curvatures.items():
         curvature.load_state_dict(state["curvatures"][layer.name])

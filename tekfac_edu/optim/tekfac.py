@@ -9,7 +9,12 @@ its uncorrected sibling is `tkfac.py`; `ekfac.py` is the same with factors of in
 """
 
 from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
-from tekfac_edu.optim.factors import trace_restricted_factors
+from tekfac_edu.optim.factors import (
+    Formula,
+    factors_of_gradients,
+    summed_factors,
+    trace_restricted_factors,
+)
 from tekfac_edu.optim.optimizer import KroneckerOptimizer
 
 
@@ -17,6 +22,7 @@ class TEKFAC(KroneckerOptimizer):
     """TEKFAC: trace-restricted factors, eigenvalues corrected."""
 
     factors = staticmethod(trace_restricted_factors)  # δ, Φ, Ψ
+    summed_factors = Formula(summed_factors, factors_of_gradients)  # of G_n, positions summed
     eigenvalues = MeasuredEigenvalues  # Θ
 
     @staticmethod

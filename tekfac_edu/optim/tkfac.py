@@ -8,7 +8,12 @@ corrected sibling is `tekfac.py`.
 """
 
 from tekfac_edu.optim.eigenvalues import FactorEigenvalues
-from tekfac_edu.optim.factors import trace_restricted_factors
+from tekfac_edu.optim.factors import (
+    Formula,
+    factors_of_gradients,
+    summed_factors,
+    trace_restricted_factors,
+)
 from tekfac_edu.optim.optimizer import KroneckerOptimizer
 
 
@@ -16,6 +21,7 @@ class TKFAC(KroneckerOptimizer):
     """TKFAC: trace-restricted factors, eigenvalues as the factors give them."""
 
     factors = staticmethod(trace_restricted_factors)  # δ, Φ, Ψ
+    summed_factors = Formula(summed_factors, factors_of_gradients)  # of G_n, positions summed
     eigenvalues = FactorEigenvalues  # δ s_Ψ s_Φᵀ
 
     @staticmethod

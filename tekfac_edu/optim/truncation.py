@@ -14,15 +14,40 @@ import torch
 from tekfac_edu.optim import eigenvalues
 from tekfac_edu.optim.basis import Basis
 from tekfac_edu.optim.eigenbasis import eigenbasis, qr_iteration
-from tekfac_edu.optim.factors import layer_format
+from tekfac_edu.optim.factors import Formula, layer_format
 
 COLD_STEPS = 4  # of orthogonal iteration, from random columns to a first truncated basis
+
+
+def corrected_eigenvalues(a, g, Q_in, Q_out):
+    """As for a whole basis, the last column for the rest of each row of Q_outᵀ G_n:
+
+    D[i, k] (d_in − k) = E[ ‖(Q_outᵀ G_n)_i‖² − Σ_j (Q_outᵀ G_n Q_in)_ij² ]
+    """
+    a, g = layer_format(a, g)
+    N, T, _ = a.shape
+    D = eigenvalues.corrected_eigenvalues(a, g, Q_in, Q_out)
+    g = g @ Q_out
+    if T == 1:
+        total = g[:, :, 0].square().sum(0).T @ a[:, 0].square().sum(-1) / N
+    else:
+        total = (a @ a.mT @ g * g).sum((0, 1, 2)) / N
+    return with_rest(D, total, len(Q_in))
+
+
+def eigenvalues_of_gradients(G, Q_in, Q_out):
+    """`corrected_eigenvalues` of gradients that have been formed."""
+    G = Q_out.mT @ G
+    total = G.square().sum((0, 1, 3)) / G.shape[1]
+    return with_rest((G @ Q_in).square().sum((0, 1)) / G.shape[1], total, len(Q_in))
 
 
 class TruncatedBasis(Basis):
     """A `Basis` whose Q_in is (d_in, k), orthonormal columns; D is (d_out, k + 1)."""
 
     __slots__ = ()
+
+    corrected_eigenvalues = Formula(corrected_eigenvalues, eigenvalues_of_gradients)
 
     @property
     def shape(self):
@@ -33,28 +58,6 @@ class TruncatedBasis(Basis):
     def left_out(self):
         """How many input directions share the rest."""
         return self.Q_in.shape[-2] - self.Q_in.shape[-1]
-
-    @staticmethod
-    def corrected_eigenvalues(a, g, Q_in, Q_out):
-        """As for a whole basis, the last column for the rest of each row of Q_outᵀ G_n:
-
-        D[i, k] (d_in − k) = E[ ‖(Q_outᵀ G_n)_i‖² − Σ_j (Q_outᵀ G_n Q_in)_ij² ]
-        """
-        a, g = layer_format(a, g)
-        N, T, _ = a.shape
-        D = eigenvalues.corrected_eigenvalues(a, g, Q_in, Q_out)
-        g = g @ Q_out
-        if T == 1:
-            total = g[:, :, 0].square().sum(0).T @ a[:, 0].square().sum(-1) / N
-        else:
-            total = (a @ a.mT @ g * g).sum((0, 1, 2)) / N
-        return with_rest(D, total, len(Q_in))
-
-    @staticmethod
-    def second_moments(G, Q_in):
-        """As for a whole basis, with the rest."""
-        total = G.square().sum((0, 1, 3)) / G.shape[1]
-        return with_rest(eigenvalues.second_moments(G, Q_in), total, len(Q_in))
 
     def whole(self, D):
         """(d_out, d_in) tensor: the rest written out, in the last columns."""

@@ -98,23 +98,14 @@ class Layer:
         """A formula of one block's tensors, made one of all blocks' at once."""
         return formula if self.blocks is None else torch.vmap(formula)
 
-    def turned_gradients(self, x, g, Q_in, Q_out):
-        """Q_outᵀ G_n of every example, from one call of the module.
+    def example_gradients(self, x, g):
+        """G_n of every example, from one call of the module: (S, N, d_out, d_in).
 
-        Parameters
-        ----------
-        x : the module's input.   g : (S, N, ...) tensor, the gradients at its output.
-        Q_in, Q_out : (d_in, d_in) or (d_in, k), and (d_out, d_out) tensors.
-
-        Returns
-        -------
-        G : (S, N, d_out, d_in) tensor.
-        Q_in : its rows in the order of G's columns.
+        x : the module's input.   g : list of S tensors, the gradients at its output.
         """
         a = self.inputs(x)
         g = torch.stack([self.gradients(vector) for vector in g], -4)
-        formed = self.each_block(lambda a, g, Q_out: (g @ Q_out).mT @ a)
-        return formed(a, g, Q_out), Q_in
+        return self.each_block(lambda a, g: g.mT @ a)(a, g)
 
     def gradient(self):
         """M: (d_out, d_in), from `.grad` of weight and bias; None if neither has one.

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from tekfac_edu.optim.layers.base import Layer, scaled_to_grid
-from tekfac_edu.optim.layers.patches import kernel_rows, patches, rows_of_basis
+from tekfac_edu.optim.layers.patches import kernel_rows, patches
 
 
 class Convolution(Layer):
@@ -45,21 +45,20 @@ class Convolution(Layer):
         g = g if grid is None else g[:, :, *grid.slices]
         return g.flatten(2).mT
 
-    def turned_gradients(self, x, g, Q_in, Q_out):
-        """Formed kernel row by kernel row, without patches; columns as in `kernel_rows`."""
-        g = Q_out.mT @ g.to(self.dtype).flatten(3)
-        G = [g @ row.mT for row in kernel_rows(self.module, x.to(self.dtype))]
-        rows = rows_of_basis(self.module, Q_in)
-        if self.has_bias:
-            G.append(g.sum(3, keepdim=True))
-            rows.append(Q_in[-1:])
-        return torch.cat(G, 3), torch.cat(rows)
+    def example_gradients(self, x, g):
+        """As for every layer; formed kernel row by kernel row, without patches."""
+        g = torch.stack(g).to(self.dtype).flatten(3)
+        C = self.module.in_channels
+        rows = [g @ row.mT for row in kernel_rows(self.module, x.to(self.dtype))]
+        G = torch.stack(rows, 3).unflatten(4, (-1, C))  # (S, N, d_out, k_h, k_w, C)
+        G = G.permute(0, 1, 2, 5, 3, 4).flatten(3)
+        return torch.cat([G, g.sum(3, keepdim=True)], 3) if self.has_bias else G
 
 
 class GroupedConvolution(Convolution):
     """The same with groups > 1: one block per group."""
 
-    turned_gradients = Layer.turned_gradients
+    example_gradients = Layer.example_gradients
 
     @staticmethod
     def accepts(module):

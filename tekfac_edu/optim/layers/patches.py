@@ -55,14 +55,6 @@ def kernel_rows(module, x):
     ]
 
 
-def rows_of_basis(module, Q_in):
-    """The rows of Q_in, (d_in, d_in), that belong to each of `kernel_rows`: (k_w · C, d_in)."""
-    kernel = (1, *module.kernel_size) if isinstance(module, nn.Conv1d) else module.kernel_size
-    weights = module.in_channels * kernel[0] * kernel[1]
-    by_element = Q_in[:weights].unflatten(0, (module.in_channels, *kernel))
-    return [by_element[:, i].transpose(0, 1).flatten(0, 1) for i in range(kernel[0])]
-
-
 def _as_images(module, x):
     """The padded input as images, and kernel size, stride and dilation in both directions."""
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
