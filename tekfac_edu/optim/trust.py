@@ -4,8 +4,8 @@
 
 The sum is stepᵀ (F̂ + λ) step: with the Fisher, twice the KL divergence, to second order, between
 the model's distributions before and after the step. All factored layers' directions are multiplied
-by one ν, so the step keeps its course. (K-FAC's implementations know it as "KL clipping": Ba, Grosse
-& Martens 2017, section 5.)
+by one ν, so the step keeps its course. (Ba, Grosse & Martens 2017; implementations of KFAC know it
+as "KL clipping", most with κ = 0.001.)
 """
 
 import torch
