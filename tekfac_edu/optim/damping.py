@@ -51,7 +51,7 @@ class Paper:
         for field in fields(self):
             real_number(field.name, getattr(self, field.name), above=0)
 
-    def per_layer(self, dampings, curvatures):
+    def layer_dampings(self, dampings, curvatures):
         """λ of each layer.
 
         dampings : {Layer: λ of its group}.   curvatures : {Layer: LayerCurvature}.
@@ -88,7 +88,7 @@ class ByTrace(Paper):
     multiplier: float = 1.0
     floor: float = 1e-8
 
-    def per_layer(self, dampings, curvatures):
+    def layer_dampings(self, dampings, curvatures):
         """λ of each layer; () tensors once there is a convolution with eigenvalues."""
         by_trace = {
             layer: self.multiplier * curvature.trace.clamp(min=self.floor) / curvature.dim
