@@ -93,9 +93,7 @@ def test_a_nan_on_one_rank_is_skipped_by_both(ranks):
 
 def test_each_rank_of_a_group_draws_labels_of_its_own(ranks):
     """With the same labels on all, examples of different ranks would not be independent."""
-    together, alone = (
-        [rank["samples"][group] for rank in ranks] for group in ("default", "alone")
-    )
+    together, alone = ([rank["samples"][group] for rank in ranks] for group in ("default", "alone"))
     assert not torch.equal(*together)
     assert torch.equal(*alone)
     assert torch.equal(together[0], alone[0])

@@ -20,9 +20,7 @@ from .oracles import (
     per_example_gradients,
 )
 
-METHODS = ["KFAC", "EKFAC", "TKFAC", "TEKFAC"]
 DAMPING = 0.03
-EVERY_STEP = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
 OBJECTIVES = {
     "categorical": objectives_categorical,
     "bernoulli": objectives_bernoulli,
@@ -46,7 +44,6 @@ SHOWN = [
 ]
 # a warning about a network that is all right is a fault too
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-every_method = pytest.mark.parametrize("method", METHODS)
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 every_sampled = pytest.mark.parametrize("fisher", ["mc", "exact"])
 

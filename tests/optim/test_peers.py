@@ -27,7 +27,6 @@ from .oracles import assert_close, trained
 curvlinops = pytest.importorskip("curvlinops", reason="pip install curvlinops-for-pytorch")
 
 N, DAMPING = 9, 0.04
-EVERY_STEP = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
 NETWORKS = {
     "dense": ((4,), lambda: [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES, bias=False)]),
     "sequence": ((3, 4), lambda: [nn.Linear(4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, CLASSES)]),

@@ -53,7 +53,7 @@ def test_one_part_of_the_model_under_eval_is_named():
     optimizer = TEKFAC(model, 0.1)
     model[2].eval()
     backward(model, optimizer, *BATCH)
-    refused_step(model, optimizer, RuntimeError, r"2 \(Linear\).*plain_sgd=\['2'\]")
+    refused_step(model, optimizer, RuntimeError, r"2 \(Linear\).*plain=\['2'\]")
 
 
 def test_a_weight_used_without_calling_its_module_is_named():

@@ -88,9 +88,9 @@ def test_ages_are_steps_since_the_refresh(method):
     ages = []
     for batch in batches((4,), 7):
         train(model, optimizer, [batch])
-        ages.append([(row.basis_age, row.scale_age) for row in optimizer.report().rows])
+        ages.append([(row.basis_age, row.eigenvalues_age) for row in optimizer.report().rows])
     basis = [0, 1, 2, 0, 1, 2, 0]
-    scale = [0] * 7 if method.corrected else basis
+    scale = [0] * 7 if "eigenvalues" in method.stages() else basis
     assert ages == [[(b, s)] * 2 for b, s in zip(basis, scale, strict=True)]
 
 
@@ -123,7 +123,7 @@ def everything_there_is():
 
 def run_through(model, steps=2):
     model["partly"].bias.requires_grad_(False)
-    optimizer = TEKFAC(model, 0.1, plain_sgd=["plain"], **EVERY_STEP)
+    optimizer = TEKFAC(model, 0.1, plain=["plain"], **EVERY_STEP)
     for _ in range(steps):
         x = torch.arange(7)
         for name in ("words", "norm", "frozen", "partly", "silent", "plain", "head"):

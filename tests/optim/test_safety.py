@@ -52,7 +52,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(method, bad,
     assert_same_bits(everything(model, optimizer), everything(undisturbed, other))
 
 
-def test_a_parameter_under_plain_sgd_stops_the_step_as_well():
+def test_a_parameter_under_plain_stops_the_step_as_well():
     model = cnn()
     optimizer = TEKFAC(model, 0.1, **EVERY_STEP)
     (x, y), *_ = batches((1, 6, 6), 1)

@@ -1,5 +1,7 @@
 """Ordinary training steps, and whether two runs ended alike to the last bit."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.nn import functional
@@ -11,6 +13,14 @@ every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: met
 
 EVERY_STEP = {"interval": 1, "warmup": 0}
 UNEVEN = {"interval": (2, 3, 1), "warmup": 0}
+
+
+@contextmanager
+def seeded(seed):
+    """Within it torch.manual_seed(seed) holds, for an optimizer that is built; not after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def backward(model, optimizer, x, y):

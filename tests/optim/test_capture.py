@@ -33,7 +33,7 @@ def a_pass(model, optimizer, run_backward=True):
     """Forward and backward pass on a batch that nobody else holds; what is still held of it."""
     x, y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
     outputs = model(x)
-    if optimizer.fisher != "empirical" and outputs.requires_grad:
+    if optimizer.settings.fisher != "empirical" and outputs.requires_grad:
         optimizer.accumulate_fisher(outputs)
     loss = functional.cross_entropy(outputs, y)
     if run_backward and loss.requires_grad:
@@ -46,7 +46,7 @@ def a_pass(model, optimizer, run_backward=True):
 @every_method
 def test_activations_are_held_until_the_step_and_only_when_statistics_are_due(method, fisher):
     model = Remembering()
-    intervals = {"factor_interval": 3, "eigen_interval": 1, "scale_interval": 3}
+    intervals = {"interval": (3, 1, 3), "warmup": 0}
     optimizer = method(model, 0.01, fisher=fisher, **intervals)
     held = []
     for _ in range(7):
