@@ -8,8 +8,8 @@ from tekfac_edu.optim import eigenvalues
 from tekfac_edu.optim.eigenbasis import precondition
 
 
-class Basis(NamedTuple):
-    """Eigenvectors of both factors of a layer.
+class Eigenvectors(NamedTuple):
+    """Of both factors of a layer.
 
     Attributes
     ----------
@@ -18,6 +18,12 @@ class Basis(NamedTuple):
 
     Q_in: torch.Tensor
     Q_out: torch.Tensor
+
+
+class Basis(Eigenvectors):
+    """`Eigenvectors`, and what is computed in them: the formulas of `eigenvalues.py`."""
+
+    __slots__ = ()
 
     corrected_eigenvalues = staticmethod(eigenvalues.corrected_eigenvalues)
     second_moments = staticmethod(eigenvalues.second_moments)

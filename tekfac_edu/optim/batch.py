@@ -27,8 +27,8 @@ class LayerBatch:
     """
 
     def __init__(self, layer, parts, num_parts):
-        self.layer, self.parts, self.num_parts = layer, parts, num_parts
-        self.whole = {}  # part -> Chunk of all its examples and positions
+        self.layer = layer
+        self.wholes = []  # of every part the `Chunk` of all its examples and positions
         for uses in parts:
             shapes = {(len(use.x), len(use.gradients)) for use in uses}
             if len(shapes) > 1:
@@ -37,10 +37,9 @@ class LayerBatch:
                     f"examples within one backward pass; the first axis of its input must be the "
                     f"examples, the same in every call"
                 )
-
-    @property
-    def num_examples(self):
-        return sum(len(uses[0].x) for uses in self.parts)
+            scale = 1 if num_parts is None else len(uses[0].x) * num_parts
+            self.wholes.append(Chunk(layer, uses, scale))
+        self.num_examples = sum(map(len, self.wholes))
 
     def chunks(self, examples=None, rows=None, generator=None, formed=False):
         """`Chunk`s, so small that 128 MiB hold what is made of them.
@@ -53,26 +52,25 @@ class LayerBatch:
         generator : torch.Generator (on the CPU) that draws examples and the grid's offset.
         formed : whether each example's own gradient matrix is to be formed, which takes room.
         """
-        for part, uses in enumerate(self.parts):
-            N = len(uses[0].x)
-            scale = 1 if self.num_parts is None else N * self.num_parts
-            share = None if examples is None else math.ceil(examples * N / self.num_examples)
-            chosen, stands_for = draw_examples(N, share, generator)
-            grids = self._grids(uses, rows, generator)
-            if chosen is None and not any(grids):
-                chunk = self.whole.setdefault(part, Chunk(self.layer, uses, scale))
-            else:
-                chosen = None if chosen is None else chosen.to(uses[0].x.device)
-                chunk = Chunk(self.layer, uses, scale, grids, chosen, stands_for)
+        for whole in self.wholes:
+            chosen, stands_for, grids = None, 1, None
+            if examples is not None:
+                share = math.ceil(examples * len(whole) / self.num_examples)
+                chosen, stands_for = draw_examples(len(whole), share, generator)
+            if rows is not None:
+                grids = self._grids(whole.uses, rows, generator)
+            drawn = chosen is not None or grids is not None
+            chunk = whole.only(grids, chosen, stands_for) if drawn else whole
             yield from chunk.split(formed)
 
     def _grids(self, uses, rows, generator):
-        """For each use a `Grid` of positions, or None; grids of one share."""
+        """For each use a `Grid` of positions, all of one share; None for all positions."""
         shapes = [self.layer.positions(use.gradients[0]) for use in uses]
-        if rows is None or len(set(shapes)) > 1:
-            return [None for _ in uses]
+        if len(set(shapes)) > 1:
+            return None
         wanted = rows / self.num_examples / len(uses)
-        return [draw_grid(*shape, wanted, generator) for shape in shapes]
+        grids = [draw_grid(height, width, wanted, generator) for height, width in shapes]
+        return grids if any(grids) else None
 
 
 class Chunk:
@@ -82,34 +80,32 @@ class Chunk:
     ----------
     layer : Layer.   uses : its calls, list of `Use`.
     scale : what the captured gradients are multiplied with to be the examples' own.
-    grids : for each use the `Grid` of positions that a and g have; None: all.
+    grids : for each use the `Grid` of positions that a and g have, or None; None: all.
     chosen : (n,) int64 tensor of the examples; None: all.
     stands_for : how many examples of the part each of them counts for.
+
+    Attributes
+    ----------
+    T : positions per example, all uses together, whatever the grids.   S : vectors per example.
+    weight : how many examples of the batch they stand for.
     """
 
     def __init__(self, layer, uses, scale, grids=None, chosen=None, stands_for=1):
         self.layer, self.uses, self.scale = layer, uses, scale
-        self.grids = grids or [None for _ in uses]
+        self.grids = grids or len(uses) * [None]
         self.chosen, self.stands_for = chosen, stands_for
+        self.T = sum(math.prod(layer.positions(use.gradients[0])) for use in uses)
+        self.S = len(uses[0].gradients)
+        self.weight = stands_for * len(self)
         self.kept = None
 
     def __len__(self):
         return len(self.uses[0].x) if self.chosen is None else len(self.chosen)
 
-    @property
-    def weight(self):
-        """How many examples of the batch they stand for."""
-        return self.stands_for * len(self)
-
-    @property
-    def T(self):
-        """Positions per example, all uses together, whatever the grids."""
-        return sum(math.prod(self.layer.positions(use.gradients[0])) for use in self.uses)
-
-    @property
-    def S(self):
-        """Vectors per example."""
-        return len(self.uses[0].gradients)
+    def only(self, grids, chosen, stands_for):
+        """The same with only these positions and examples."""
+        chosen = None if chosen is None else chosen.to(self.uses[0].x.device)
+        return Chunk(self.layer, self.uses, self.scale, grids, chosen, stands_for)
 
     def split(self, formed):
         """Itself, or smaller chunks: as few as `CHUNK` allows."""
@@ -121,24 +117,26 @@ class Chunk:
             return [self]
         device = self.uses[0].x.device
         chosen = torch.arange(len(self), device=device) if self.chosen is None else self.chosen
-        return [
-            Chunk(self.layer, self.uses, self.scale, self.grids, few, self.stands_for)
-            for few in chosen.split(size)
-        ]
+        return [self.only(self.grids, few, self.stands_for) for few in chosen.split(size)]
 
     def rows(self):
         """a: (n, T, d_in) and g: (S, n, T, d_out); made once where that takes little room."""
         if self.kept is not None:
             return self.kept
-        a, g = [], []
-        for use, grid in zip(self.uses, self.grids, strict=True):
-            a.append(self.layer.inputs(self._chosen(use.x), grid))
-            vectors = [self.layer.gradients(self._chosen(v), grid) for v in use.gradients]
-            g.append(vectors[0].unsqueeze(-4) if len(vectors) == 1 else torch.stack(vectors, -4))
-        a, g = _joined(a), self.scale * _joined(g)
+        of_uses = map(self._rows_of_use, self.uses, self.grids)
+        a, g = map(_joined, zip(*of_uses, strict=True))
+        g = self.scale * g
         if a.numel() + g.numel() <= KEPT:
             self.kept = a, g
         return a, g
+
+    def _rows_of_use(self, use, grid):
+        x, vectors = use.x, use.gradients
+        if self.chosen is not None:
+            x, vectors = x[self.chosen], [v[self.chosen] for v in vectors]
+        g = [self.layer.gradients(vector, grid) for vector in vectors]
+        g = g[0].unsqueeze(-4) if len(g) == 1 else torch.stack(g, -4)
+        return self.layer.inputs(x, grid), g
 
     def eigenvalues(self, basis):
         """Their corrected eigenvalues in a basis, the cheaper of the two ways."""
@@ -147,13 +145,12 @@ class Chunk:
             return layer.each_block(basis.corrected_eigenvalues)(*self.rows(), *basis)
         G = 0
         for use in self.uses:
-            g = torch.stack([self._chosen(g) for g in use.gradients])
-            formed, Q_in = layer.turned_gradients(self._chosen(use.x), g, *basis)
+            x, g = use.x, torch.stack(use.gradients)
+            if self.chosen is not None:
+                x, g = x[self.chosen], g[:, self.chosen]
+            formed, Q_in = layer.turned_gradients(x, g, *basis)
             G = G + formed
         return self.scale**2 * layer.each_block(basis.second_moments)(G, Q_in)
-
-    def _chosen(self, tensor):
-        return tensor if self.chosen is None else tensor[self.chosen]
 
 
 def _joined(tensors):

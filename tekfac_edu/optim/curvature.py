@@ -94,9 +94,9 @@ class LayerCurvature:
         DecompositionFailed
         """
         sides = S_in, S_out = self.factors.S_in, self.factors.S_out
-        old = self.basis or Basis(None, None)
-        s_in, Q_in = self._one_side(S_in, old.Q_in, self._kept(S_in))
-        s_out, Q_out = self._one_side(S_out, old.Q_out, S_out.shape[-1])
+        old_in, old_out = self.basis or (None, None)
+        s_in, Q_in = self._one_side(S_in, old_in, self._kept(S_in))
+        s_out, Q_out = self._one_side(S_out, old_out, S_out.shape[-1])
         return self._decomposition(sides, basis_of(Q_in, Q_out), s_in, s_out)
 
     def identity(self):
@@ -187,27 +187,29 @@ class LayerCurvature:
 
 
 def preconditioned(curvatures, matrices, dampings, rule, precision="full"):
-    """The damped inverse of each curvature applied to its matrix; small ones alike in one go.
+    """The damped inverse of each layer's curvature applied to its matrix; small ones in one go.
 
-    curvatures : list of LayerCurvature, ready.   matrices : list of (d_out, d_in) tensors.
-    dampings : list of λ.   rule : a rule of `damping.py`.   precision : as for `precondition`.
+    curvatures : {Layer: LayerCurvature}; one that is not ready gives zeros.
+    matrices : {Layer: (d_out, d_in) tensor}.   dampings : {Layer: λ}.
+    rule : of `damping.py`.   precision : as for `precondition`.
     """
+    directions = {layer: torch.zeros_like(M) for layer, M in matrices.items()}
     alike = {}
-    for i, (curvature, M) in enumerate(zip(curvatures, matrices, strict=True)):
-        alone = i if M.numel() > LARGE else None
-        alike.setdefault((M.shape, M.dtype, curvature.basis.shape, alone), []).append(i)
-    results = [None] * len(matrices)
-    for members in alike.values():
-        bases = [curvatures[i].basis for i in members]
+    for layer, M in matrices.items():
+        if curvatures[layer].ready:
+            alone = layer if M.numel() > LARGE else None
+            key = M.shape, M.dtype, curvatures[layer].basis.shape, alone
+            alike.setdefault(key, []).append(layer)
+    for layers in alike.values():
+        bases = [curvatures[layer].basis for layer in layers]
         D = [
-            rule.damped(curvatures[i].method, curvatures[i].eigenvalues, dampings[i])
-            for i in members
+            rule.damped(curvatures[layer].method, curvatures[layer].eigenvalues, dampings[layer])
+            for layer in layers
         ]
-        stacks = [matrices[i] for i in members], *zip(*bases, strict=True), D
+        stacks = [matrices[layer] for layer in layers], *zip(*bases, strict=True), D
         found = bases[0].precondition(*map(_stacked, stacks), precision)
-        for i, result in zip(members, found, strict=True):
-            results[i] = result
-    return results
+        directions |= zip(layers, found, strict=True)
+    return directions
 
 
 def _stacked(matrices):

@@ -59,8 +59,24 @@ def _sampled(z, likelihood, generator):
     return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
 
 
-def accumulate_fisher(optimizer, outputs, likelihood):
-    """The optimizer's method of this name: sends the vectors back past its capture."""
+def accumulate_fisher(optimizer, outputs, likelihood="categorical"):
+    """Send the model's own distribution back, for fisher="mc" or "exact"; leaves .grad alone.
+
+    Call it after zero_grad, between the forward and the backward pass, once for each part of a
+    batch. On steps that take no statistics it does nothing.
+
+    Parameters
+    ----------
+    outputs : (N, C) tensor, what the model returned: logits, or the mean of a Gaussian.
+    likelihood : "categorical" (cross-entropy), "bernoulli" (binary cross-entropy, summed over
+        outputs), or "gaussian" of unit variance (half the squared error, summed over outputs).
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If outputs are not (N, C) or come from no factored module in training mode; under
+        fisher="empirical".
+    """
     one_of("likelihood", likelihood, LIKELIHOODS)
     settings, capture = optimizer.settings, optimizer.capture
     if settings.fisher == "empirical":

@@ -1,6 +1,10 @@
-"""Parameter groups: those given, and one of all parameters that are in none."""
+"""Parameter groups: those given, one of all parameters that are in none; and the update by them.
+
+m ← τ m + direction,   θ ← θ − α β θ − α m
+"""
 
 import torch
+from torch.profiler import record_function
 
 from tekfac_edu.arguments import real_number
 
@@ -63,6 +67,33 @@ def damping_of_layers(layers, groups):
                 f"both groups the same damping"
             )
     return found
+
+
+@record_function("tekfac_edu: update")
+def descend(optimizer, directions):
+    """Move every parameter that has a gradient: by its layer's direction, or else by SGD.
+
+    directions : {Layer: (d_out, d_in) tensor}.
+    """
+    of_parameter = {}
+    for layer, direction in directions.items():
+        of_parameter |= layer.parts(direction)
+    for group in optimizer.param_groups:
+        moving = [p for p in group["params"] if p.grad is not None]
+        if not moving:
+            continue
+        steps = [of_parameter.get(p, p.grad).to(p.dtype) for p in moving]
+        if group["momentum"] > 0:
+            for p in moving:
+                if "momentum_buffer" not in optimizer.state[p]:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [optimizer.state[p]["momentum_buffer"] for p in moving]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, steps)
+            steps = buffers
+        if group["weight_decay"] > 0:
+            torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(moving, steps, alpha=-group["lr"])
 
 
 def _as_list(parameters):

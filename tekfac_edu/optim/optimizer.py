@@ -9,6 +9,8 @@ its a and g come from: `capture.py`; what becomes of them: `refresh.py`; what is
 `curvature.py`; when: `schedule.py`.
 """
 
+from typing import Any
+
 import torch
 from torch.profiler import record_function
 
@@ -17,12 +19,11 @@ from tekfac_edu.optim.curvature import LayerCurvature, preconditioned
 from tekfac_edu.optim.distributed import ranks_of
 from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
 from tekfac_edu.optim.fisher import accumulate_fisher
-from tekfac_edu.optim.groups import check_settings, complete_groups, damping_of_layers
-from tekfac_edu.optim.refresh import Refresh, warn_if_examples_differ, warn_unless_explained
+from tekfac_edu.optim.groups import check_settings, complete_groups, damping_of_layers, descend
+from tekfac_edu.optim.refresh import refresh
 from tekfac_edu.optim.refusals import (
     gradients_are_finite,
     refuse_grad_scaler,
-    refuse_missing_statistics,
     refuse_model,
     refuse_module,
 )
@@ -70,7 +71,14 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         plain SGD; the message names it.
     """
 
-    factors = eigenvalues = damped = None  # what a method says of itself
+    # What a method says of itself: (a, g) -> factors; the kind of D; (eigenvalues, λ) -> D damped.
+    factors: Any = None
+    eigenvalues: Any = None
+    damped: Any = None
+
+    accumulate_fisher = accumulate_fisher
+    report = report
+    __repr__ = summary
 
     # GradScaler asks: we handle scaled gradients ourselves, which is to say, refuse them by name.
     _step_supports_amp_scaling = True
@@ -96,16 +104,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         refuse_replaced(replaced)
         refuse_model(self, model)
         ranks_of(process_group)
-        settings = Settings.checked(
-            self.stages(),
-            fisher=fisher,
-            interval=interval,
-            decay=decay,
-            warmup=warmup,
-            damping=damping,
-            cost=cost,
-            seed=torch.initial_seed(),
-        )
+        chosen = fisher, interval, decay, warmup, damping, cost, torch.initial_seed()
+        settings = Settings.checked(self.stages(), *chosen)
         self.process_group = process_group
         self.steps = 0
         self.warned = set()
@@ -123,21 +123,16 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         groups = complete_groups(param_groups or [], self.parameter_names, defaults)
         damping_of_layers(self.layers, groups)
         super().__init__(groups, defaults)
-        self.settings = settings
+        self.take(settings)
 
     @classmethod
     def stages(cls):
         """Which of `STAGES` a step of the method may refresh."""
         return STAGES if cls.eigenvalues is MeasuredEigenvalues else STAGES[:2]
 
-    @property
-    def settings(self):
-        """`Settings`; they may be exchanged between two steps."""
-        return self._settings
-
-    @settings.setter
-    def settings(self, settings):
-        self._settings = settings
+    def take(self, settings):
+        """Exchange the `Settings`, between two steps."""
+        self.settings = settings
         self.schedule = Schedule(self.layers, settings, self.stages())
         for curvature in self.curvatures.values():
             curvature.cost = settings.cost
@@ -168,26 +163,6 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         super().zero_grad(set_to_none)
         self.capture.clear()
 
-    def accumulate_fisher(self, outputs, likelihood="categorical"):
-        """Send the model's own distribution back, for fisher="mc" or "exact"; leaves .grad alone.
-
-        Call it after zero_grad, between the forward and the backward pass, once for each part of a
-        batch. On steps that take no statistics it does nothing.
-
-        Parameters
-        ----------
-        outputs : (N, C) tensor, what the model returned: logits, or the mean of a Gaussian.
-        likelihood : "categorical" (cross-entropy), "bernoulli" (binary cross-entropy, summed over
-            outputs), or "gaussian" of unit variance (half the squared error, summed over outputs).
-
-        Raises
-        ------
-        ValueError, RuntimeError
-            If outputs are not (N, C) or come from no factored module in training mode; under
-            fisher="empirical".
-        """
-        accumulate_fisher(self, outputs, likelihood)
-
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss, if there is one.
@@ -211,66 +186,23 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         with torch.autocast(parameters[0].device.type, enabled=False):
             gradients = {layer: layer.gradient() for layer in self.layers}
             gradients = {layer: M for layer, M in gradients.items() if M is not None}
-            self._refresh(gradients)
-            self._update(self._directions(gradients))
+            refresh(self, gradients)
+            descend(self, self._directions(gradients))
         self.capture.clear()
         self.steps += 1
         self.capture.wanted = self.schedule.sampled(self.steps, self.curvatures)
         return loss
 
-    def _refresh(self, gradients):
-        """Statistics, then eigenbases, then eigenvalues in the new basis."""
-        batches = self.capture.batches()
-        refuse_missing_statistics(self, gradients, batches)
-        group, curvatures = ranks_of(self.process_group), self.curvatures
-        fresh = [layer for layer in gradients if layer in batches and not curvatures[layer].ready]
-        warn_if_examples_differ(fresh, batches)
-        if self.settings.fisher == "empirical" and group is None:
-            for layer in fresh:
-                warn_unless_explained(layer, batches[layer], gradients[layer])
-        refresh = Refresh(curvatures, batches, self.settings, self.steps, group, self.warned)
-        for stage in STAGES:
-            if due := self.schedule.due(stage, self.steps, curvatures):
-                getattr(refresh, stage)(due)
-
     def _directions(self, gradients):
         """Of every layer that has a gradient, times λ: {Layer: (d_out, d_in)}."""
         dampings = self.dampings()
-        # the others' only statistics were not finite: they do not move
-        ready = [layer for layer in gradients if self.curvatures[layer].ready]
-        directions = {layer: torch.zeros_like(M) for layer, M in gradients.items()}
         with record_function("tekfac_edu: precondition"):
-            found = preconditioned(
-                [self.curvatures[layer] for layer in ready],
-                [gradients[layer] for layer in ready],
-                [dampings[layer] for layer in ready],
-                self.settings.damping,
-                self.settings.cost.precision,
-            )
-            scaled = {layer: dampings[layer] * d for layer, d in zip(ready, found, strict=True)}
-        return directions | scaled
+            found = self._preconditioned(gradients, dampings)
+        return {layer: dampings[layer] * direction for layer, direction in found.items()}
 
-    @record_function("tekfac_edu: update")
-    def _update(self, directions):
-        of_parameter = {}
-        for layer, direction in directions.items():
-            of_parameter |= layer.parts(direction)
-        for group in self.param_groups:
-            moving = [p for p in group["params"] if p.grad is not None]
-            if not moving:
-                continue
-            steps = [of_parameter.get(p, p.grad).to(p.dtype) for p in moving]
-            if group["momentum"] > 0:
-                for p in moving:
-                    if "momentum_buffer" not in self.state[p]:
-                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffers = [self.state[p]["momentum_buffer"] for p in moving]
-                torch._foreach_mul_(buffers, group["momentum"])
-                torch._foreach_add_(buffers, steps)
-                steps = buffers
-            if group["weight_decay"] > 0:
-                torch._foreach_mul_(moving, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(moving, steps, alpha=-group["lr"])
+    def _preconditioned(self, matrices, dampings):
+        rule, precision = self.settings.damping, self.settings.cost.precision
+        return preconditioned(self.curvatures, matrices, dampings, rule, precision)
 
     def dampings(self):
         """λ of every layer, a float or () tensor: its group's, or by the rule."""
@@ -296,15 +228,9 @@ class KroneckerOptimizer(torch.optim.Optimizer):
             If the module is not factored, or M has another shape; before the first step.
         """
         layer = refuse_module(self, module, M)
-        curvature = self.curvatures[layer]
-        rule, precision = self.settings.damping, self.settings.cost.precision
         with torch.no_grad(), torch.autocast(M.device.type, enabled=False):
-            M = M.to(curvature.basis.Q_in.dtype)
-            return preconditioned([curvature], [M], [self.dampings()[layer]], rule, precision)[0]
-
-    def report(self):
-        """What each layer's preconditioner does at present; print it, or read `.rows`."""
-        return report(self)
+            M = M.to(layer.dtype)
+            return self._preconditioned({layer: M}, self.dampings())[layer]
 
     def state_dict(self):
         """Everything that resuming needs; loads with torch.load(..., weights_only=True)."""
@@ -327,6 +253,3 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         super().__setstate__(state)
         if "layers" in state:  # unpickled or copied; load_state_dict comes by here too, without
             self.watch()
-
-    def __repr__(self):
-        return summary(self)

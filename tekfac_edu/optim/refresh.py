@@ -9,36 +9,44 @@ import torch
 from torch.profiler import record_function
 
 from tekfac_edu.optim.curvature import Decomposition
-from tekfac_edu.optim.distributed import rank_in, ranks_in, received_from, sum_over_ranks
+from tekfac_edu.optim.distributed import (
+    rank_in,
+    ranks_in,
+    ranks_of,
+    received_from,
+    sum_over_ranks,
+)
 from tekfac_edu.optim.eigenbasis import DecompositionFailed
 from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
+from tekfac_edu.optim.refusals import refuse_missing_statistics
 from tekfac_edu.optim.schedule import shared_out
 from tekfac_edu.optim.warning import warn
 
 EXPLAINED = 0.9  # the least cosine of a gradient with the mean over examples of g aᵀ
 
 
-class Sum:
-    """Over this process's examples, of what a formula gives for a chunk: a named tuple of tensors.
+def refresh(optimizer, gradients):
+    """What this step refreshes: statistics, then eigenbases, then eigenvalues in the new basis.
 
-    empty : function that makes the zeros of a process that has no examples.
+    gradients : {Layer: M}.
+
+    Raises
+    ------
+    RuntimeError
+        If statistics are due and none were captured.
     """
-
-    def __init__(self, empty):
-        self.empty, self.tensors, self.count = empty, None, 0
-
-    def add(self, tensors, weight):
-        """Of a chunk that stands for so many examples."""
-        weighted = [tensor.mul_(weight) for tensor in tensors]
-        if self.tensors is not None:
-            weighted = [old.add_(new) for old, new in zip(self.tensors, weighted, strict=True)]
-        self.tensors = tensors._make(weighted)
-        self.count += weight
-
-    @property
-    def total(self):
-        """The named tuple of sums."""
-        return self.empty() if self.tensors is None else self.tensors
+    batches, curvatures = optimizer.capture.batches(), optimizer.curvatures
+    refuse_missing_statistics(optimizer, gradients, batches)
+    group, settings = ranks_of(optimizer.process_group), optimizer.settings
+    fresh = [layer for layer in gradients if layer in batches and not curvatures[layer].ready]
+    warn_if_examples_differ(fresh, batches)
+    if settings.fisher == "empirical" and group is None:
+        for layer in fresh:
+            warn_unless_explained(layer, batches[layer], gradients[layer])
+    stages = Refresh(curvatures, batches, settings, optimizer.steps, group, optimizer.warned)
+    for stage in (stages.factors, stages.bases, stages.eigenvalues):
+        if due := optimizer.schedule.due(stage.__name__, optimizer.steps, curvatures):
+            stage(due)
 
 
 class Refresh:
@@ -57,59 +65,66 @@ class Refresh:
     def __init__(self, curvatures, batches, settings, step, group, warned):
         self.curvatures, self.batches, self.settings = curvatures, batches, settings
         self.step, self.group, self.warned = step, group, warned
+        self.ranks = ranks_in(group)
         self.generator = torch.Generator().manual_seed(step)
 
     def factors(self, layers):
         """Average in the factors of the batch."""
-        rows, sums = self.settings.cost.factor_rows, []
+        rows, sums = self.settings.cost.factor_rows, {}
         with record_function("tekfac_edu: statistics of factors"):
             for layer in layers:
-                curvature = self.curvatures[layer]
-                total = Sum(curvature.no_factors)
+                curvature, count, total = self.curvatures[layer], 0, None
                 for chunk in self._chunks(layer, rows=rows and rows * layer.d_in):
                     factors = layer.each_block(curvature.method.factors)(*chunk.rows())
-                    total.add(factors, chunk.weight)
-                sums.append(total)
-            for layer, factors in self._means(layers, sums):
+                    total = added(total, factors, chunk.weight)
+                    count += chunk.weight
+                sums[layer] = count, total or curvature.no_factors()
+            for layer, factors in self._means(sums):
                 self.curvatures[layer].average_factors(factors, self.settings.decay)
 
     def bases(self, layers):
         """Decompose the factors, each layer's on one rank."""
         layers = [layer for layer in layers if self.curvatures[layer].factors is not None]
         costs = [(layer.blocks or 1) * (layer.d_in**3 + layer.d_out**3) for layer in layers]
-        owners = shared_out(costs, ranks_in(self.group))
+        owners, own = shared_out(costs, self.ranks), rank_in(self.group)
         with record_function("tekfac_edu: eigenbases"):
-            own = rank_in(self.group)
             found = [
                 self._decomposed(layer) if owner == own else self.curvatures[layer].empty()
                 for layer, owner in zip(layers, owners, strict=True)
             ]
             for layer, owner, decomposition in zip(layers, owners, found, strict=True):
-                tensors = received_from(owner, decomposition and decomposition.tensors, self.group)
-                if tensors is not None:
-                    self.curvatures[layer].turn_to(Decomposition.from_tensors(tensors), self.step)
+                if self.group is not None:
+                    decomposition = self._sent(decomposition, owner)
+                if decomposition is not None:
+                    self.curvatures[layer].turn_to(decomposition, self.step)
+
+    def _sent(self, decomposition, owner):
+        """The owner's, on all ranks."""
+        tensors = received_from(owner, decomposition and decomposition.tensors, self.group)
+        return tensors and Decomposition.from_tensors(tensors)
 
     def eigenvalues(self, layers):
         """Average in the measured eigenvalues of the batch, in the present basis."""
-        examples, sums = self.settings.cost.eigenvalue_examples, []
-        layers = [layer for layer in layers if self.curvatures[layer].basis is not None]
+        examples, sums = self.settings.cost.eigenvalue_examples, {}
         with record_function("tekfac_edu: statistics of eigenvalues"):
             for layer in layers:
-                basis = self.curvatures[layer].basis
-                total = Sum(self.curvatures[layer].no_eigenvalues)
+                curvature, count, total = self.curvatures[layer], 0, None
+                if curvature.basis is None:
+                    continue
                 for chunk in self._chunks(layer, examples=examples, formed=True):
-                    total.add(MeasuredEigenvalues(chunk.eigenvalues(basis)), chunk.weight)
-                sums.append(total)
-            for layer, (D,) in self._means(layers, sums):
+                    measured = MeasuredEigenvalues(chunk.eigenvalues(curvature.basis))
+                    total = added(total, measured, chunk.weight)
+                    count += chunk.weight
+                sums[layer] = count, total or curvature.no_eigenvalues()
+            for layer, (D,) in self._means(sums):
                 self.curvatures[layer].average_eigenvalues(D, self.settings.decay, self.step)
 
     def _chunks(self, layer, rows=None, examples=None, formed=False):
         """This process's share of the layer's batch; rows and examples are of all ranks."""
         if layer not in self.batches:
             return []
-        ranks = ranks_in(self.group)
         return self.batches[layer].chunks(
-            examples and examples / ranks, rows and rows / ranks, self.generator, formed
+            examples and examples / self.ranks, rows and rows / self.ranks, self.generator, formed
         )
 
     def _decomposed(self, layer):
@@ -125,32 +140,31 @@ class Refresh:
             )
             return None if curvature.ready else curvature.identity()
 
-    def _means(self, layers, sums):
-        """(layer, mean over the examples of all ranks), where there are any and it is finite."""
+    def _means(self, sums):
+        """(layer, mean over the examples of all ranks), where there are any and it is finite.
+
+        sums : {layer: (number of examples, named tuple of sums over them)}, of this process.
+        """
         if not sums:
-            return []
-        totals = [each.total for each in sums]
-        counts = [total[0].new_tensor(each.count) for total, each in zip(totals, sums, strict=True)]
-        summed = iter(sum_over_ranks([t for total in totals for t in total], self.group))
-        counts = sum_over_ranks(counts, self.group)
-        means = [
-            total._make(next(summed).div_(count) for _ in total)
-            for total, count in zip(totals, counts, strict=True)
-        ]
-        finite = torch.stack([_finite(mean) for mean in means]).tolist()
-        counts = torch.stack(counts).tolist()
-        found = []
-        for layer, mean, count, good in zip(layers, means, counts, finite, strict=True):
-            if not good and count > 0:
+            return
+        flat = [tensor for _, total in sums.values() for tensor in total]
+        counts = [total[0].new_tensor(float(count)) for count, total in sums.values()]
+        flat, counts = sum_over_ranks(flat, self.group), sum_over_ranks(counts, self.group)
+        finite = torch.stack(torch._foreach_norm(flat, torch.inf)).isfinite().tolist()
+        used = torch.stack(counts).gt(0).tolist()
+        start = 0
+        for (layer, (_, total)), count, seen in zip(sums.items(), counts, used, strict=True):
+            end = start + len(total)
+            if seen and all(finite[start:end]):
+                yield layer, total._make(torch._foreach_div(flat[start:end], count))
+            elif seen:
                 self._warn_once(
                     layer,
                     "statistic",
                     "its statistics are not finite; it keeps the last good ones, and does not move "
                     "while it has none",
                 )
-            elif count > 0:
-                found.append((layer, mean))
-        return found
+            start = end
 
     def _warn_once(self, layer, what, text):
         if (layer.name, what) not in self.warned:
@@ -158,9 +172,13 @@ class Refresh:
             warn(f"{layer}: {text}")
 
 
-def _finite(tensors):
-    """() tensor: whether all are, in one pass over each."""
-    return torch.stack([end.isfinite() for t in tensors for end in t.aminmax()]).all()
+def added(total, new, weight):
+    """total + weight · new, named tuples of tensors, in place; None counts as zero."""
+    torch._foreach_mul_(new, weight)
+    if total is None:
+        return new
+    torch._foreach_add_(total, new)
+    return total
 
 
 def warn_if_examples_differ(layers, batches):

@@ -23,9 +23,9 @@ class Schedule:
         """The layers whose `stage` this step refreshes; those without curvature always are."""
         if stage not in self.intervals:
             return []
-        if step < self.warmup:
-            return self.layers
         interval = self.intervals[stage]
+        if step < self.warmup or interval == 1:
+            return self.layers
         return [
             layer
             for layer in self.layers

@@ -120,7 +120,7 @@ class Settings:
     seed: int
 
     @classmethod
-    def checked(cls, stages, *, fisher, interval, decay, warmup, damping, cost, seed):
+    def checked(cls, stages, fisher, interval, decay, warmup, damping, cost, seed):
         """From the constructor's arguments.
 
         stages : those of the method, some of `STAGES`.

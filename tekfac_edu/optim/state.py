@@ -33,7 +33,7 @@ def load_state(optimizer, state, load_groups):
     for layer, curvature in optimizer.curvatures.items():
         curvature.load_state_dict(state["curvatures"][layer.name])
     optimizer.steps = state["steps"]
-    optimizer.settings = settings
+    optimizer.take(settings)
 
 
 def refuse_foreign_state(optimizer, state):

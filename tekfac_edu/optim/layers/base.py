@@ -13,7 +13,9 @@ import math
 
 import torch
 
-KINDS = []  # the classes that derive from Layer, in the order in which they were defined
+KINDS: list[
+    type["Layer"]
+] = []  # the classes that derive from Layer, in the order in which they were defined
 
 
 class Layer:
@@ -24,18 +26,28 @@ class Layer:
     name : as in `model.named_modules()`.
     module : of one of the kind's types.
     has_bias : whether the bias is factored with the weight, as the last column of M.
+    weight, bias : its factored parameters; bias is None without has_bias.
+    d_in, d_out : sizes, the bias counted in d_in; of one block.
+    shape : of M, (d_out, d_in) or (B, d_out, d_in).
+    dtype : of its statistics: float64 if the weight is, else float32.
     blocks : B, how many independent maps it is made of; None: one, without an axis for them.
     is_convolution : of the kind; TEKFAC (3.5) damps convolutions by their own traces.
     """
 
     is_convolution = False
-    blocks = None
 
     def __init_subclass__(cls):
         KINDS.append(cls)
 
     def __init__(self, name, module, has_bias):
         self.name, self.module, self.has_bias = name, module, has_bias
+        self.weight, self.bias = module.weight, module.bias if has_bias else None
+        self.blocks = self.blocks_of(module)
+        blocks = () if self.blocks is None else (self.blocks,)
+        self.d_out = len(self.weight) // (self.blocks or 1)
+        self.d_in = self.weight[0].numel() + has_bias
+        self.shape = (*blocks, self.d_out, self.d_in)
+        self.dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     def __str__(self):
         return f"{self.name} ({type(self.module).__name__})"
@@ -52,6 +64,11 @@ class Layer:
         """Why a module that a reader would expect this kind to factor is not; None otherwise."""
         return None
 
+    @staticmethod
+    def blocks_of(module):
+        """How many independent maps the module is made of; None: one."""
+        return None
+
     def batched(self, tensor):
         """An input or output with a first axis for the examples, one if it had none."""
         raise NotImplementedError
@@ -64,7 +81,7 @@ class Layer:
         raise NotImplementedError
 
     def inputs(self, x, grid=None):
-        """a: (N, T, d_in), from a tensor that the module was called with; float32 or float64.
+        """a: (N, T, d_in), from a tensor that the module was called with, in `dtype`.
 
         grid : `Grid` of the positions wanted, all numbers times the root of its share: sums over
             positions of products of two keep their expectation. None: all.
@@ -72,36 +89,10 @@ class Layer:
         raise NotImplementedError
 
     def gradients(self, g, grid=None):
-        """(N, T, d_out), from the gradient at the module's output; float32 or float64."""
+        """(N, T, d_out), from the gradient at the module's output, in `dtype`."""
         raise NotImplementedError
 
     # of all kinds
-
-    @property
-    def weight(self):
-        return self.module.weight
-
-    @property
-    def bias(self):
-        return self.module.bias if self.has_bias else None
-
-    @property
-    def d_out(self):
-        return self.weight.shape[0] // (self.blocks or 1)
-
-    @property
-    def d_in(self):
-        return self.weight[0].numel() + self.has_bias
-
-    @property
-    def shape(self):
-        """Of M: (d_out, d_in), or (B, d_out, d_in)."""
-        return (*([] if self.blocks is None else [self.blocks]), self.d_out, self.d_in)
-
-    @property
-    def dtype(self):
-        """Of its statistics."""
-        return torch.float64 if self.weight.dtype == torch.float64 else torch.float32
 
     def each_block(self, formula):
         """A formula of one block's tensors, made one of all blocks' at once."""
@@ -133,18 +124,18 @@ class Layer:
         RuntimeError
             If only one of the two has one.
         """
-        parameters = [p for p in (self.weight, self.bias) if p is not None]
-        missing = [p.grad is None for p in parameters]
-        if all(missing):
-            return None
-        if any(missing):
+        gradient = self.weight.grad
+        if self.has_bias and (gradient is None) != (self.bias.grad is None):
             raise RuntimeError(
                 f"{self} has a gradient for only one of its weight and bias, which are factored "
                 f"together; after freezing or unfreezing parameters, build a new optimizer"
             )
-        columns = [at_least_float32(p.grad).reshape(len(p), -1) for p in parameters]
-        M = columns[0] if len(columns) == 1 else torch.cat(columns, 1)
-        return M.view(self.shape)
+        if gradient is None:
+            return None
+        M = gradient.flatten(1).to(self.dtype)
+        if self.has_bias:
+            M = torch.cat([M, self.bias.grad[:, None].to(self.dtype)], 1)
+        return M.reshape(self.shape)
 
     def parts(self, direction):
         """What of a (d_out, d_in) direction belongs to each parameter: {parameter: its shape}."""
@@ -167,11 +158,6 @@ def refusal(module):
     """Why a module that a reader would expect to be factored cannot be; None if it can, or if
     nobody would (norms, embeddings)."""
     return next(filter(None, (kind.refusal(module) for kind in KINDS)), None)
-
-
-def at_least_float32(x):
-    """Statistics are in float32, or in float64 if x is."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def scaled_to_grid(x, grid):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tekfac_edu.optim.layers.base import Layer, at_least_float32, scaled_to_grid
+from tekfac_edu.optim.layers.base import Layer, scaled_to_grid
 from tekfac_edu.optim.layers.patches import kernel_rows, patches, rows_of_basis
 
 
@@ -35,20 +35,20 @@ class Convolution(Layer):
         return (1, *g.shape[2:]) if isinstance(self.module, nn.Conv1d) else (*g.shape[2:],)
 
     def inputs(self, x, grid=None):
-        a = patches(self.module, scaled_to_grid(at_least_float32(x), grid), grid)
+        a = patches(self.module, scaled_to_grid(x.to(self.dtype), grid), grid)
         one = 1.0 if grid is None else grid.share**0.5
         return functional.pad(a, (0, 1), value=one) if self.has_bias else a
 
     def gradients(self, g, grid=None):
-        g = at_least_float32(g)
+        g = g.to(self.dtype)
         g = g[:, :, None] if isinstance(self.module, nn.Conv1d) else g
         g = g if grid is None else g[:, :, *grid.slices]
         return g.flatten(2).mT
 
     def turned_gradients(self, x, g, Q_in, Q_out):
         """Formed kernel row by kernel row, without patches; columns as in `kernel_rows`."""
-        g = Q_out.mT @ at_least_float32(g).flatten(3)
-        G = [g @ row.mT for row in kernel_rows(self.module, at_least_float32(x))]
+        g = Q_out.mT @ g.to(self.dtype).flatten(3)
+        G = [g @ row.mT for row in kernel_rows(self.module, x.to(self.dtype))]
         rows = rows_of_basis(self.module, Q_in)
         if self.has_bias:
             G.append(g.sum(3, keepdim=True))
@@ -65,12 +65,12 @@ class GroupedConvolution(Convolution):
     def accepts(module):
         return isinstance(module, nn.Conv1d | nn.Conv2d) and module.groups > 1
 
-    @property
-    def blocks(self):
-        return self.module.groups
+    @staticmethod
+    def blocks_of(module):
+        return module.groups
 
     def inputs(self, x, grid=None):
-        a = patches(self.module, scaled_to_grid(at_least_float32(x), grid), grid)
+        a = patches(self.module, scaled_to_grid(x.to(self.dtype), grid), grid)
         a = a.unflatten(2, (self.blocks, -1)).permute(2, 0, 1, 3)
         one = 1.0 if grid is None else grid.share**0.5
         return functional.pad(a, (0, 1), value=one) if self.has_bias else a

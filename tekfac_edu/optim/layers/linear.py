@@ -5,7 +5,7 @@ import math
 from torch import nn
 from torch.nn import functional
 
-from tekfac_edu.optim.layers.base import Layer, at_least_float32, scaled_to_grid
+from tekfac_edu.optim.layers.base import Layer, scaled_to_grid
 
 
 class Linear(Layer):
@@ -28,10 +28,10 @@ class Linear(Layer):
         return 1, math.prod(g.shape[1:-1])
 
     def inputs(self, x, grid=None):
-        a = at_least_float32(x).reshape(len(x), -1, self.module.in_features)
+        a = x.to(self.dtype).reshape(len(x), -1, self.module.in_features)
         a = functional.pad(a, (0, 1), value=1.0) if self.has_bias else a
         return a if grid is None else scaled_to_grid(a[:, grid.slices[1]], grid)
 
     def gradients(self, g, grid=None):
-        g = at_least_float32(g).reshape(len(g), -1, self.module.out_features)
+        g = g.to(self.dtype).reshape(len(g), -1, self.module.out_features)
         return g if grid is None else g[:, grid.slices[1]]
