@@ -275,7 +275,7 @@ def cnn():
 
 
 def separable():
-    """A convolution in two groups, a depthwise one and a pointwise one, a dense layer: (4, 5, 5)."""
+    """Convolutions in groups, with a multiplier and pointwise, a dense layer: (4, 5, 5)."""
     return double_precision(
         lambda: nn.Sequential(
             nn.Conv2d(4, 4, 3, groups=2),
@@ -290,7 +290,11 @@ def separable():
     )
 
 
-NETWORKS = {"dense": (mlp, (4,)), "convolutions": (cnn, (1, 6, 6)), "groups": (separable, (4, 5, 5))}
+NETWORKS = {  # and the shape of one example
+    "dense": (mlp, (4,)),
+    "convolutions": (cnn, (1, 6, 6)),
+    "groups": (separable, (4, 5, 5)),
+}
 
 
 def batches(shape, steps, N=12, seed=3):

@@ -4,8 +4,9 @@
 
 Every example goes through the model on its own, as a batch of one; patches are cut out of a padded
 input by counting. Shapes: a (N, T, d_in), g (S, N, T, d_out), with T = 1 for a layer without
-positions; of a convolution in groups these with an axis of groups in front. An *objective* is a scalar of one example; its gradient is one of the S vectors that the
-example sends back. Give these functions a model that no optimizer has touched.
+positions; of a convolution in groups these with an axis of groups in front. An *objective* is a
+scalar of one example; its gradient is one of the S vectors that the example sends back. Give these
+functions a model that no optimizer has touched.
 """
 
 from functools import cache
@@ -92,10 +93,7 @@ def matrices(module, parameters):
 def per_example_gradients(model, module, objectives, batch):
     """∂(objective)/∂(W, b) for one module: (S, N, d_out, d_in). Nothing is said about a or g."""
     per_example = [
-        [
-            matrices(module, _gradients(value, trained(module)))
-            for value in objectives(model, *one)
-        ]
+        [matrices(module, _gradients(value, trained(module))) for value in objectives(model, *one)]
         for one in examples(batch)
     ]
     return np.moveaxis(np.array(per_example), (1, 0), (-4, -3))

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from tekfac_edu import optim, reference
-from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC, Added, Cost
+from tekfac_edu.optim import KFAC, TEKFAC, TKFAC, Added, Cost
 from tekfac_edu.optim.layers import Layer, base
 from tekfac_edu.optim.layers.linear import Linear
 
-from .networks import CASES, CLASSES, batches, chosen, double_precision, one_layer
+from .networks import CASES, batches, chosen, double_precision, one_layer
 from .one_step import (
     CORRECTED,
     OBJECTIVES,

@@ -131,15 +131,6 @@ def test_kernel_rows_hold_the_columns_of_the_patches(case, memory):
                 assert np.array_equal(ours.numpy(), full[:, :, column])
 
 
-def random(*shape, seed=7):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-
-def random_orthogonal(size, seed):
-    return torch.linalg.qr(random(size, size, seed=seed))[0]
-
-
 @every_whole_one
 def test_the_sum_over_kernel_rows_is_the_product_with_patches(case):
     """Of any matrix in place of the basis: nothing here needs it to be orthogonal."""
@@ -164,9 +155,7 @@ def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(ca
     image = (width,) if isinstance(module, nn.Conv1d) else (height, width)
     g = random(S, N, module.out_channels, *image)
     a = np.stack([oracles.input_rows(module, one) for one in x], -3)
-    rows = np.stack(
-        [np.stack([oracles.output_rows(module, one) for one in v], -3) for v in g], -4
-    )
+    rows = np.stack([np.stack([oracles.output_rows(module, one) for one in v], -3) for v in g], -4)
     *blocks, d_out, d_in = layer.shape
     k = d_in if columns == "all" else min(3, d_in)
     Q_in, Q_out = random(*blocks, d_in, k, seed=1), random(*blocks, d_out, d_out, seed=2)
