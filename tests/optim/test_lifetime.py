@@ -86,7 +86,7 @@ def test_a_refused_optimizer_leaves_no_hooks():
 def test_new_settings_and_a_loaded_state_leave_one_hook_a_layer():
     model = mlp()
     optimizer = TEKFAC(model, 1e-3, **UNEVEN)
-    optimizer.settings = replace(optimizer.settings, fisher="exact")
+    optimizer.take(replace(optimizer.settings, fisher="exact"))
     optimizer.load_state_dict(optimizer.state_dict())
     assert len(hooks(model)) == 2
 

@@ -3,6 +3,7 @@
 from dataclasses import fields
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -193,6 +194,30 @@ def test_settings_that_the_method_cannot_have_are_refused():
     settings = with_one("cost.eigenbasis", "qr", state["settings"])
     with pytest.raises(ValueError, match=r"qr.*EKFAC and TEKFAC"):
         optimizer.load_state_dict(state | {"settings": settings})
+
+
+NUMPY = {
+    "lr": {"lr": np.float64(1e-3)},
+    "damping": {"damping": np.float32(0.1)},
+    "a rule": {"damping": ByTrace(np.float64(0.1), multiplier=np.int64(2))},
+    "a cost": {"cost": Cost(factor_rows=np.float64(2), input_rank=np.int64(3))},
+    "interval": {"interval": np.int64(3)},
+    "a group": {"param_groups": [{"params": [], "lr": np.float64(0.1)}]},
+}
+
+
+@pytest.mark.parametrize("kind", NUMPY)
+def test_numbers_of_numpy_are_no_obstacle_to_loading_a_state(kind):
+    """As a sweep over np.logspace hands them in: with weights_only=True torch would refuse them."""
+    model = mlp()
+    settings = {"lr": 1e-3} | NUMPY[kind]
+    for group in settings.get("param_groups", []):
+        group["params"] = list(model[0].parameters())
+    optimizer = TEKFAC(model, **settings)
+    extra = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer.add_param_group({"params": extra, "lr": np.float64(0.1)})
+    train(model, optimizer, batches((4,), 1))
+    through_a_file(optimizer.state_dict())
 
 
 def wider():
