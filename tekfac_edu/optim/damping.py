@@ -52,7 +52,7 @@ class Paper:
             number = real_number(field.name, getattr(self, field.name), above=0)
             object.__setattr__(self, field.name, number)  # a state has no NumPy numbers
 
-    def per_layer(self, dampings, curvatures):
+    def layer_dampings(self, dampings, curvatures):
         """λ of each layer.
 
         dampings : {Layer: λ of its group}.   curvatures : {Layer: LayerCurvature}.
@@ -89,7 +89,7 @@ class ByTrace(Paper):
     multiplier: float = 1.0
     floor: float = 1e-8
 
-    def per_layer(self, dampings, curvatures):
+    def layer_dampings(self, dampings, curvatures):
         """λ of each layer; () tensors once there is a convolution with eigenvalues."""
         by_trace = {
             layer: self.multiplier * curvature.trace.clamp(min=self.floor) / curvature.dim

@@ -208,7 +208,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     def dampings(self):
         """λ of every layer, a float or () tensor: its group's, or by the rule."""
         of_groups = damping_of_layers(self.layers, self.param_groups)
-        return self.settings.damping.per_layer(of_groups, self.curvatures)
+        return self.settings.damping.layer_dampings(of_groups, self.curvatures)
 
     def precondition(self, module, M):
         """The damped preconditioner of one layer applied to any M: for study and tests.
