@@ -211,13 +211,10 @@ def transposed_kind():
         def accepts(module):
             return isinstance(module, Transposed)
 
-        @property
-        def d_out(self):
-            return self.weight.shape[1]
-
-        @property
-        def d_in(self):
-            return self.weight.shape[0] + self.has_bias
+        def __init__(self, name, module, has_bias):
+            super().__init__(name, module, has_bias)
+            self.d_in, self.d_out = len(self.weight) + has_bias, self.weight.shape[1]
+            self.shape = self.d_out, self.d_in
 
         def gradient(self):
             if self.weight.grad is None:
