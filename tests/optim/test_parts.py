@@ -145,6 +145,11 @@ def test_passes_that_are_not_training_leave_no_trace(method):
         disturbed.model.train()
         disturbed.backward(*case.batch(8, seed))
         cross_entropy(disturbed.model, x, y)
+        disturbed.model.eval()
+        disturbed.model(x)
+        disturbed.model.train()
+        with torch.no_grad():
+            disturbed.model(x)
         disturbed.optimizer.step()
     assert_same(disturbed, plain)
 

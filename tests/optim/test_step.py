@@ -20,7 +20,6 @@ from .oracles import (
     objectives_empirical,
     weight_matrix,
 )
-from .scenarios.twin import twin_of
 from .training import METHODS, every_method
 
 # a warning about a network that is all right is a fault too
@@ -137,7 +136,8 @@ def test_five_steps_beside_the_reference(method, basis, loss, fisher, intervals)
     ours = copied(theirs.weights, nn.Tanh)
     cost = Cost(eigenbasis=basis)
     optimizer = method(ours, process_group=None, warmup=0, cost=cost, **settings)
-    twin = twin_of(theirs, method, loss=loss, basis=basis, **settings)
+    settings |= {"loss": loss, "basis": basis, "lr_scale": "sgd"}
+    twin = reference.NaturalGradient(theirs, method.__name__.lower(), **settings)
     criterion = cross_entropy if loss == "cross_entropy" else half_squared_error
     likelihood = "categorical" if loss == "cross_entropy" else "gaussian"
     for x, labels in batches((4,), 5):
