@@ -17,6 +17,17 @@ def double_precision(make):
         return make().double()
 
 
+def gaussian(*shape, seed=0):
+    """Normal numbers in float64 that depend on nothing but the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+
+def orthogonal(*shape, seed=0):
+    """Orthogonal matrices (..., d, d)."""
+    return torch.linalg.qr(gaussian(*shape, shape[-1], seed=seed))[0]
+
+
 class OneLayer(nn.Module):
     """`layer`, tanh, and a linear head over everything that comes out."""
 

@@ -13,7 +13,7 @@ from tekfac_edu.optim.layers.patches import kernel_rows, patches, rows_of_basis
 from tekfac_edu.optim.sampling import Grid
 
 from . import oracles
-from .networks import CASES
+from .networks import CASES, gaussian
 from .oracles import assert_close, by_group, groups_of
 
 
@@ -109,11 +109,6 @@ def test_patches_of_a_grid_are_the_rows_at_its_positions(case):
                 assert grid.share * len(wanted) == height * width
 
 
-def random(*shape, seed=7):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-
 @every_memory
 @every_convolution
 def test_kernel_rows_hold_the_columns_of_the_patches(case, memory):
@@ -136,9 +131,9 @@ def test_the_sum_over_kernel_rows_is_the_product_with_patches(case):
     """Of any matrix in place of the basis: nothing here needs it to be orthogonal."""
     module, x = convolution_and_input(case)
     d_in = module.weight[0].numel() + (module.bias is not None)
-    Q = random(d_in, d_in + 1)
+    Q = gaussian(d_in, d_in + 1)
     full = rows_by_counting(module, x)
-    g = random(N, 4, full.shape[1], seed=8)
+    g = gaussian(N, 4, full.shape[1], seed=8)
     expected = [g[n].numpy() @ full[n] @ Q.numpy()[: full.shape[2]] for n in range(N)]
     pairs = zip(kernel_rows(module, x), rows_of_basis(module, Q), strict=True)
     assert_close(sum(g @ row.mT @ basis for row, basis in pairs), np.array(expected))
@@ -153,12 +148,12 @@ def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(ca
     layer = factored_layer("layer", module, len(oracles.trained(module)) == 2)
     height, width = positions(module, x)
     image = (width,) if isinstance(module, nn.Conv1d) else (height, width)
-    g = random(S, N, module.out_channels, *image)
+    g = gaussian(S, N, module.out_channels, *image)
     a = np.stack([oracles.input_rows(module, one) for one in x], -3)
     rows = np.stack([np.stack([oracles.output_rows(module, one) for one in v], -3) for v in g], -4)
     *blocks, d_out, d_in = layer.shape
     k = d_in if columns == "all" else min(3, d_in)
-    Q_in, Q_out = random(*blocks, d_in, k, seed=1), random(*blocks, d_out, d_out, seed=2)
+    Q_in, Q_out = gaussian(*blocks, d_in, k, seed=1), gaussian(*blocks, d_out, d_out, seed=2)
 
     def turned(a, g, Q_in, Q_out):
         G = np.zeros((S, N, d_out, d_in))
