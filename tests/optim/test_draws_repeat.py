@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from tekfac_edu.optim import TEKFAC, Cost
+from tekfac_edu.optim import Cost
 from tekfac_edu.optim.batch import LayerBatch
 
 from .networks import batches, cnn
@@ -135,9 +135,3 @@ def test_a_skipped_step_draws_nothing_from_the_steps_after_it(method):
     undisturbed = build(method)
     train(*undisturbed, STREAM)
     assert_same_bits(everything(model, optimizer), everything(*undisturbed))
-
-
-def test_the_settings_are_in_the_repr():
-    text = repr(build(TEKFAC)[1])
-    for part in ("factor_rows=2,", "eigenvalue_examples=5,", "stagger=True,"):
-        assert part in text

@@ -162,11 +162,14 @@ def test_repr_and_table_have_every_module_with_parameters_and_no_other(steps):
 def test_repr_has_the_settings_of_method_and_groups():
     model = mlp()
     groups = [{"params": model[2].parameters(), "lr": 0.25, "damping": 0.75}]
-    settings = {"fisher": "exact", "damping": ByTrace(0.5, floor=1e-6), "cost": Cost(input_rank=9)}
+    cost = Cost(factor_rows=2, eigenvalue_examples=5, input_rank=9, stagger=True)
+    settings = {"fisher": "exact", "damping": ByTrace(0.5, floor=1e-6), "cost": cost}
     text = repr(TEKFAC(model, 0.5, momentum=0.375, param_groups=groups, **settings, **UNEVEN))
     for part in ("TEKFAC", "fisher='exact'", "interval=(2, 3, 1)", "decay=0.95", "warmup=0"):
         assert part in text
-    for part in ("ByTrace(damping=0.5", "floor=1e-06", "input_rank=9"):
+    for part in ("ByTrace(damping=0.5", "floor=1e-06"):
+        assert part in text
+    for part in ("factor_rows=2.0", "eigenvalue_examples=5", "input_rank=9", "stagger=True"):
         assert part in text
     lines = text.splitlines()
     assert "  group 0: 2 tensors, lr=0.25, momentum=0.375, weight_decay=0, damping=0.75" in lines
