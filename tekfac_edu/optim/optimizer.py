@@ -19,7 +19,7 @@ from tekfac_edu.optim.curvature import LayerCurvature, preconditioned
 from tekfac_edu.optim.distributed import ranks_of
 from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
 from tekfac_edu.optim.fisher import accumulate_fisher
-from tekfac_edu.optim.groups import check_settings, complete_groups, damping_of_layers, descend
+from tekfac_edu.optim.groups import checked, complete_groups, damping_of_layers, descend
 from tekfac_edu.optim.refresh import refresh
 from tekfac_edu.optim.refusals import (
     gradients_are_finite,
@@ -151,12 +151,12 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         ValueError
             If a setting is out of its bounds.
         """
-        check_settings(self.defaults | param_group)
-        super().add_param_group(param_group)
-        for p in self.param_groups[-1]["params"]:
+        super().add_param_group(checked(self.defaults | param_group))
+        for i, p in enumerate(self.param_groups[-1]["params"]):
             if p not in self.parameter_names:
-                self.parameter_names[p] = f"added parameter {(*p.shape,)}"
-                self.treatments[self.parameter_names[p]] = "plain SGD (not of the model)"
+                name = f"group {len(self.param_groups) - 1}, added parameter {i} {(*p.shape,)}"
+                self.parameter_names[p] = name
+                self.treatments[name] = "plain SGD (not of the model)"
 
     def zero_grad(self, set_to_none=True):
         """As in every torch optimizer; what was captured for the statistics goes too."""
@@ -186,6 +186,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         with torch.autocast(parameters[0].device.type, enabled=False):
             gradients = {layer: layer.gradient() for layer in self.layers}
             gradients = {layer: M for layer, M in gradients.items() if M is not None}
+            damping_of_layers(self.layers, self.param_groups)  # refuses, before anything changes
             refresh(self, gradients)
             descend(self, self._directions(gradients))
         self.capture.clear()
