@@ -1,14 +1,16 @@
-"""One step of a network of `networks.CASES`, and what the oracle knows of it."""
+"""One step of one of `networks.CASES` and what the oracle knows of it; a few of a larger one."""
 
 from functools import cache
 
 import pytest
+import torch
 from torch.nn import functional
 
 from tekfac_edu.optim import EKFAC, TEKFAC
 from tekfac_edu.optim.capture import Capture
 from tekfac_edu.optim.treatment import find_layers
 
+from .networks import NETWORKS, batches
 from .oracles import (
     cross_entropy,
     factors_of_independence,
@@ -18,7 +20,7 @@ from .oracles import (
     per_example_gradients,
     trace_restricted_numerators,
 )
-from .training import EVERY_STEP, METHODS
+from .training import EVERY_STEP, METHODS, UNEVEN, everything, train
 
 OBJECTIVES = {"empirical": objectives_empirical(cross_entropy), "exact": objectives_categorical}
 CORRECTED = [EKFAC, TEKFAC]
@@ -73,11 +75,34 @@ def curvatures_of(optimizer):
     return {layer.name: curvature for layer, curvature in optimizer.curvatures.items()}
 
 
-def captured(case, parts=(slice(None),), N=N):
-    """The `LayerBatch` of `layer` after one backward pass for each part."""
+def captured(case, fisher="empirical", N=N, parts=(slice(None),)):
+    """The `LayerBatch` of `layer` after one backward pass for each part, or for each vector."""
     model, (x, y) = case.make(), case.batch(N)
-    layers = {layer.name: layer for layer in find_layers(model)[0]}
-    capture = Capture([layers["layer"]], True)
-    for part in parts:
-        (cross_entropy(model, x[part], y[part]) / len(parts)).backward()
-    return capture.batches()[layers["layer"]]
+    layer = {layer.name: layer for layer in find_layers(model)[0]}["layer"]
+    capture = Capture([layer], fisher == "empirical")
+    if fisher == "empirical":
+        for part in parts:
+            (cross_entropy(model, x[part], y[part]) / len(parts)).backward()
+    else:
+        log_p = torch.log_softmax(model(x), 1)
+        with capture.fisher_pass():
+            for vector in (-log_p * log_p.detach().exp().sqrt()).T:
+                vector.sum().backward(retain_graph=True)
+    return capture.batches()[layer]
+
+
+def run(method, network, steps=4, **options):
+    """Model and optimizer after some steps of one of `NETWORKS`."""
+    make, shape = NETWORKS[network]
+    model = make()
+    settings = {"damping": 0.1, "process_group": None, **UNEVEN}
+    optimizer = method(model, 0.005, **(settings | options))
+    train(model, optimizer, batches(shape, steps))
+    return model, optimizer
+
+
+def numbers(model, optimizer):
+    """`everything` but the settings."""
+    state = everything(model, optimizer)
+    del state["optimizer"]["settings"]
+    return state

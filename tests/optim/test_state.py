@@ -97,7 +97,7 @@ def test_the_learning_rate_of_a_scheduler_is_the_one_that_is_used(method):
 
 def trained(method, model, stream=None, **options):
     optimizer = method(model, 0.005, **{"damping": 0.1} | UNEVEN | options)
-    train(model, optimizer, stream or batches((4,), 3))
+    train(model, optimizer, batches((4,), 3) if stream is None else stream)
     return optimizer
 
 
@@ -248,16 +248,49 @@ FOREIGN = {
         lambda: {k: v for k, v in trained(TEKFAC, mlp()).state_dict().items() if k != "settings"},
         "TEKFAC.*settings",
     ),
-    "of one group less": (lambda: trained(TEKFAC, mlp()).state_dict(), "group"),
+    "of one group more": (
+        lambda: trained_in_groups(lambda model: [model[0].bias]).state_dict(),
+        r"groups of \[4\] tensors here, of \[1, 3\]",
+    ),
 }
+
+
+def trained_in_groups(choose):
+    model = mlp()
+    return trained(TEKFAC, model, param_groups=[{"params": choose(model)}])
+
+
+def test_a_state_of_groups_of_other_sizes_is_refused_by_name():
+    optimizer = trained_in_groups(lambda model: [model[0].bias])
+    foreign = trained_in_groups(lambda model: list(model[0].parameters())).state_dict()
+    before = through_a_file(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"groups of \[1, 3\] tensors here, of \[2, 2\]"):
+        optimizer.load_state_dict(foreign)
+    assert_same_bits(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("midst", range(4))
+@every_method
+def test_a_state_may_be_loaded_in_the_midst_of_another_run(method, midst, at):
+    """Whether statistics are due at the next step is then the state's to say, not that run's."""
+    stream, interval = list(batches((4,), 6)), {"interval": 2}
+    model, other = mlp(), other_weights(mlp())
+    optimizer = trained(method, model, stream[:at], **interval)
+    again = trained(method, other, stream[:midst], **interval)
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(through_a_file(optimizer.state_dict()))
+    assert again.capture.wanted == (set(again.layers) if at % 2 == 0 else set())
+    for each in ((model, optimizer), (other, again)):
+        train(*each, stream[at:])
+    assert_same_bits(everything(other, again), everything(model, optimizer))
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_a_foreign_state_is_refused_by_name_and_nothing_is_loaded(kind):
     foreign, message = FOREIGN[kind]
     model = mlp()
-    own_group = [{"params": model[0].bias, "lr": 0.01}] if kind == "of one group less" else None
-    optimizer = trained(TEKFAC, model, param_groups=own_group)
+    optimizer = trained(TEKFAC, model)
     before = everything(model, optimizer)
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(foreign())
