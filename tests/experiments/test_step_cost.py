@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tekfac_edu.experiments import step_cost
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.methods import OPTIMIZERS
 
 SMALL = Configuration("mlp", "digits", widths=(8,), batch_size=16, interval=3)
 IMAGES = step_cost.blank_images((1, 8, 8))
