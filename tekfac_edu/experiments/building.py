@@ -4,6 +4,7 @@ from functools import lru_cache
 
 import torch
 
+from tekfac_edu import optim
 from tekfac_edu.data.images import load_images
 from tekfac_edu.experiments.methods import KRONECKER, METHODS
 from tekfac_edu.experiments.networks import NETWORKS
@@ -28,13 +29,29 @@ def build_model(configuration, images):
     return network.build(images.x_train.shape[1:], len(images.classes), size)
 
 
+RULES = {"paper": "Paper", "added": "Added", "by-trace": "ByTrace"}
+
+
 def build_optimizer(configuration, model):
     """One of METHODS. Weight decay is decoupled in all of them."""
     c = configuration
     make = METHODS[c.optimizer].make
     if c.optimizer not in KRONECKER:
         return make(model.parameters(), c.lr, c.momentum, c.weight_decay)
-    return _present_call(make, model, c)
+    if not hasattr(optim, "Paper"):
+        return _present_call(make, model, c)
+    return make(
+        model,
+        c.lr,
+        momentum=c.momentum,
+        weight_decay=c.weight_decay,
+        damping=getattr(optim, RULES[c.damping_rule])(c.damping),
+        fisher=c.fisher,
+        interval=c.interval,
+        decay=c.decay,
+        warmup=c.warmup,
+        cost=c.cost,
+    )
 
 
 def _present_call(make, model, c):
