@@ -47,13 +47,15 @@ test: install-test  ## everything: style, unit tests, every chapter's outputs an
 	@status=0; \
 	$(PY) -m ruff check . || status=1; \
 	$(PY) -m ruff format --check . || status=1; \
+	$(PY) -m mypy || status=1; \
 	$(PY) -m pytest -q -n 2 --dist loadfile \
 		--nbval --nbval-current-env --nbval-cell-timeout=60 tests book || status=1; \
 	exit $$status
 
-check: install-test  ## seconds: style and the unit tests of the reference half
+check: install-test  ## seconds: style, types and the unit tests of the reference half
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
 	@$(PY) -m pytest -q tests/reference
 
 run: install-book  ## make run CHAPTER=06: execute one chapter in a fresh kernel and store its outputs
@@ -62,7 +64,7 @@ run: install-book  ## make run CHAPTER=06: execute one chapter in a fresh kernel
 	@$(PY) book/run_chapters.py "$(CHAPTER)"
 
 clean:  ## remove what was built (.venv stays)
-	rm -rf $(BUILD) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(BUILD) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 fonts = mkdir -p "$(MPLCONFIGDIR)" && $(PY) -c "import matplotlib.font_manager"
 

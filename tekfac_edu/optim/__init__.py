@@ -11,8 +11,9 @@ The four are a 2 × 2 table, as in `tekfac_edu.reference`, whose functions have 
     trace-restricted factors    TKFAC                                   TEKFAC
 """
 
-from tekfac_edu.optim.damping import kfac_pi, trace_damping
+from tekfac_edu.optim.damping import Added, ByTrace, Paper, kfac_damping, kfac_pi
 from tekfac_edu.optim.eigenbasis import eigenbasis, qr_iteration
+from tekfac_edu.optim.eigenvalues import corrected_eigenvalues, move_eigenvalues
 from tekfac_edu.optim.ekfac import EKFAC
 from tekfac_edu.optim.factors import (
     KFACFactors,
@@ -21,7 +22,7 @@ from tekfac_edu.optim.factors import (
     trace_restricted_factors,
 )
 from tekfac_edu.optim.kfac import KFAC
-from tekfac_edu.optim.rescaling import corrected_eigenvalues, move_eigenvalues
+from tekfac_edu.optim.settings import Cost
 from tekfac_edu.optim.tekfac import TEKFAC
 from tekfac_edu.optim.tkfac import TKFAC
 
@@ -30,14 +31,18 @@ __all__ = [
     "KFAC",
     "TEKFAC",
     "TKFAC",
+    "Added",
+    "ByTrace",
+    "Cost",
     "KFACFactors",
+    "Paper",
     "TraceRestrictedFactors",
     "corrected_eigenvalues",
     "eigenbasis",
+    "kfac_damping",
     "kfac_factors",
     "kfac_pi",
     "move_eigenvalues",
     "qr_iteration",
-    "trace_damping",
     "trace_restricted_factors",
 ]

@@ -1,160 +1,158 @@
-"""What was captured of one layer in one step, made into a, g and D, a few examples at a time.
+"""What one layer saw in one step, made into a, g and eigenvalues, a chunk of examples at a time.
 
-Where only some examples or positions are wanted, they are drawn here, without bias: a drawn example
-counts for those it stands for, and positions come from a grid that is as likely as the others.
+A *use* is one call of the module; a *part* is what one backward pass reaches, a list of uses; a
+*batch* is all examples of a step; a *chunk* is so many of them that the arrays made of them fit.
 """
 
 import math
 
 import torch
-from torch import nn
 
-from tekfac_edu.optim.layers import (
-    at_least_float32,
-    layer_gradients,
-    layer_inputs,
-    positions_of,
-)
-from tekfac_edu.optim.patches import draw_grid
-from tekfac_edu.optim.rescaling import (
-    convolution_gradients,
-    corrected_eigenvalues,
-    projecting_first_is_cheaper,
-    second_moments,
-)
+from tekfac_edu.optim.eigenvalues import projecting_first_is_cheaper
+from tekfac_edu.optim.sampling import draw_examples, draw_grid
 
 CHUNK = 2**25  # numbers in the largest array a chunk of examples may need: 128 MiB in float32
+KEPT = 2**22  # numbers in a and g of a whole part that are kept for the step's second statistic
 
 
 class LayerBatch:
-    """One layer's a and g of one step, a few examples at a time.
+    """One layer's a and g of one step.
 
     Parameters
     ----------
-    module : the layer.
+    layer : Layer.
     parts : list over parts of a list of `Use`.
     num_parts : by how many parts each part's mean loss was divided; None if the gradients are the
         examples' own already.
     """
 
-    def __init__(self, module, parts, num_parts):
-        self.module, self.parts, self.num_parts = module, parts, num_parts
+    def __init__(self, layer, parts, num_parts):
+        self.layer = layer
+        self.wholes = []  # of every part the `Chunk` of all its examples and positions
         for uses in parts:
             shapes = {(len(use.x), len(use.gradients)) for use in uses}
             if len(shapes) > 1:
                 raise ValueError(
-                    f"{module} was called with {sorted(n for n, _ in shapes)} "
+                    f"{layer.module} was called with {sorted(n for n, _ in shapes)} "
                     f"examples within one backward pass; the first axis of its input must be the "
                     f"examples, the same in every call"
                 )
+            scale = 1 if num_parts is None else len(uses[0].x) * num_parts
+            self.wholes.append(Chunk(layer, uses, scale))
+        self.num_examples = sum(map(len, self.wholes))
 
-    @property
-    def num_examples(self):
-        return sum(len(uses[0].x) for uses in self.parts)
-
-    def chunks(self, has_bias, examples=None, rows=None, generator=None, formed=False):
-        """`Examples`, so few at once that 128 MiB hold what is made of them.
+    def chunks(self, examples=None, rows=None, generator=None, formed=False):
+        """`Chunk`s, so small that 128 MiB hold what is made of them.
 
         Parameters
         ----------
-        has_bias : of the layer.
-        formed : whether each example's own gradient matrix is to be formed, which takes room.
         examples : of how many examples, the same share of every part; None, or too many: all.
         rows : of how many examples times positions at least, on a grid of positions that is the
             same for all examples; None, too many, or calls of unequal size: all.
         generator : torch.Generator (on the CPU) that draws examples and the grid's offset.
+        formed : whether each example's own gradient matrix is to be formed, which takes room.
         """
-        for uses in self.parts:
-            N = len(uses[0].x)
-            scale = 1 if self.num_parts is None else N * self.num_parts
-            share = None if examples is None else math.ceil(examples * N / self.num_examples)
-            chosen, stands_for = None, 1
-            if share is not None and share < N:
-                order = torch.randperm(N, generator=generator, device="cpu")
-                chosen, stands_for = order[:share].to(uses[0].x.device), N / share
-            grids = [None for _ in uses]
-            shapes = [positions_of(self.module, use.gradients[0]) for use in uses]
-            if rows is not None and len(set(shapes)) == 1:  # grids of one share
-                wanted = rows / self.num_examples / len(uses)
-                grids = [draw_grid(*shape, wanted, generator) for shape in shapes]
-            of_part = Examples(self.module, uses, scale, has_bias, grids, chosen, stands_for)
-            size = max(1, CHUNK // of_part.largest(formed))
-            if len(of_part) <= size:
-                yield of_part
-                continue
-            chosen = torch.arange(N, device=uses[0].x.device) if chosen is None else chosen
-            for few in chosen.split(size):
-                yield Examples(self.module, uses, scale, has_bias, grids, few, stands_for)
+        for whole in self.wholes:
+            chosen, stands_for, grids = None, 1, None
+            if examples is not None:
+                share = math.ceil(examples * len(whole) / self.num_examples)
+                chosen, stands_for = draw_examples(len(whole), share, generator)
+            if rows is not None:
+                grids = self._grids(whole.uses, rows, generator)
+            drawn = chosen is not None or grids is not None
+            chunk = whole.only(grids, chosen, stands_for) if drawn else whole
+            yield from chunk.split(formed)
+
+    def _grids(self, uses, rows, generator):
+        """For each use a `Grid` of positions, all of one share; None for all positions."""
+        shapes = [self.layer.positions(use.gradients[0]) for use in uses]
+        if len(set(shapes)) > 1:
+            return None
+        wanted = rows / self.num_examples / len(uses)
+        grids = [draw_grid(height, width, wanted, generator) for height, width in shapes]
+        return grids if any(grids) else None
 
 
-class Examples:
+class Chunk:
     """Some examples of one part, as one layer saw them.
 
     Parameters
     ----------
-    module : the layer.   uses : its calls, list of `Use`.   has_bias : of the layer.
+    layer : Layer.   uses : its calls, list of `Use`.
     scale : what the captured gradients are multiplied with to be the examples' own.
-    grids : for each use the `Grid` of positions that `pair` takes; None: all.
+    grids : for each use the `Grid` of positions that a and g have, or None; None: all.
     chosen : (n,) int64 tensor of the examples; None: all.
     stands_for : how many examples of the part each of them counts for.
+
+    Attributes
+    ----------
+    T : positions per example, all uses together, whatever the grids.   S : vectors per example.
+    weight : how many examples of the batch they stand for.
     """
 
-    def __init__(self, module, uses, scale, has_bias, grids, chosen, stands_for):
-        self.module, self.uses, self.scale, self.has_bias = module, uses, scale, has_bias
-        self.grids, self.chosen, self.stands_for = grids, chosen, stands_for
+    def __init__(self, layer, uses, scale, grids=None, chosen=None, stands_for=1):
+        self.layer, self.uses, self.scale = layer, uses, scale
+        self.grids = grids or len(uses) * [None]
+        self.chosen, self.stands_for = chosen, stands_for
+        self.T = sum(math.prod(layer.positions(use.gradients[0])) for use in uses)
+        self.S = len(uses[0].gradients)
+        self.weight = stands_for * len(self)
+        self.kept = None
 
     def __len__(self):
         return len(self.uses[0].x) if self.chosen is None else len(self.chosen)
 
-    @property
-    def weight(self):
-        """How many examples of the batch they stand for."""
-        return self.stands_for * len(self)
+    def only(self, grids, chosen, stands_for):
+        """The same with only these positions and examples."""
+        chosen = None if chosen is None else chosen.to(self.uses[0].x.device)
+        return Chunk(self.layer, self.uses, self.scale, grids, chosen, stands_for)
 
-    @property
-    def sizes(self):
-        """T, of all positions, and S, d_in, d_out of the layer."""
-        weight = self.module.weight
-        T = sum(math.prod(positions_of(self.module, use.gradients[0])) for use in self.uses)
-        return T, len(self.uses[0].gradients), weight[0].numel() + self.has_bias, len(weight)
+    def split(self, formed):
+        """Itself, or smaller chunks: as few as `CHUNK` allows."""
+        T, S, d_in, d_out = self.T, self.S, self.layer.d_in, self.layer.d_out
+        gradients = S * d_out * d_in if formed and T > 1 else 1
+        largest = (self.layer.blocks or 1) * max(T * d_in, S * T * d_out, gradients)
+        size = max(1, CHUNK // largest)
+        if len(self) <= size:
+            return [self]
+        device = self.uses[0].x.device
+        chosen = torch.arange(len(self), device=device) if self.chosen is None else self.chosen
+        return [self.only(self.grids, few, self.stands_for) for few in chosen.split(size)]
 
-    def largest(self, formed):
-        """Numbers in the largest array per example."""
-        T, S, d_in, d_out = self.sizes
-        return max(T * d_in, S * T * d_out, S * d_out * d_in if formed and T > 1 else 1)
+    def rows(self):
+        """a: (n, T, d_in) and g: (S, n, T, d_out); made once where that takes little room."""
+        if self.kept is not None:
+            return self.kept
+        of_uses = map(self._rows_of_use, self.uses, self.grids)
+        a, g = map(_joined, zip(*of_uses, strict=True))
+        g = self.scale * g
+        if a.numel() + g.numel() <= KEPT:
+            self.kept = a, g
+        return a, g
 
-    def pair(self):
-        """a: (n, T, d_in) and g: (S, n, T, d_out)."""
-        a, g = [], []
-        for use, grid in zip(self.uses, self.grids, strict=True):
-            a.append(layer_inputs(self.module, self._of(use.x), self.has_bias, grid))
-            vectors = [layer_gradients(self.module, self._of(v), grid) for v in use.gradients]
-            g.append(vectors[0][None] if len(vectors) == 1 else torch.stack(vectors))
-        return _joined(a, 1), self.scale * _joined(g, 2)
+    def _rows_of_use(self, use, grid):
+        x, vectors = use.x, use.gradients
+        if self.chosen is not None:
+            x, vectors = x[self.chosen], [v[self.chosen] for v in vectors]
+        g = [self.layer.gradients(vector, grid) for vector in vectors]
+        g = g[0].unsqueeze(-4) if len(g) == 1 else torch.stack(g, -4)
+        return self.layer.inputs(x, grid), g
 
-    def corrected_eigenvalues(self, Q_in, Q_out):
-        """D of these examples in a basis, as `rescaling.corrected_eigenvalues`."""
-        T, S, _, d_out = self.sizes
-        if isinstance(self.module, nn.Linear) or projecting_first_is_cheaper(T, d_out, S):
-            return corrected_eigenvalues(*self.pair(), Q_in, Q_out)
-        of_uses = [
-            convolution_gradients(
-                self.module,
-                at_least_float32(self._of(use.x)),
-                torch.stack([at_least_float32(self._of(g)) for g in use.gradients]),
-                self.has_bias,
-                Q_in,
-                Q_out,
-            )
-            for use in self.uses
-        ]
-        G = sum(G for G, _ in of_uses)
-        return self.scale**2 * second_moments(G, of_uses[0][1])
-
-    def _of(self, tensor):
-        return tensor if self.chosen is None else tensor[self.chosen]
+    def eigenvalues(self, basis):
+        """Their corrected eigenvalues in a basis, the cheaper of the two ways."""
+        layer = self.layer
+        if self.T == 1 or projecting_first_is_cheaper(self.T, layer.d_out, self.S):
+            return layer.each_block(basis.corrected_eigenvalues)(*self.rows(), *basis)
+        G = 0
+        for use in self.uses:
+            x, g = use.x, torch.stack(use.gradients)
+            if self.chosen is not None:
+                x, g = x[self.chosen], g[:, self.chosen]
+            formed, Q_in = layer.turned_gradients(x, g, *basis)
+            G = G + formed
+        return self.scale**2 * layer.each_block(basis.second_moments)(G, Q_in)
 
 
-def _joined(tensors, axis):
-    """As torch.cat, which copies even a single tensor; patches are large."""
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, axis)
+def _joined(tensors):
+    """Along the positions; as torch.cat, which copies even a single tensor: patches are large."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, -2)

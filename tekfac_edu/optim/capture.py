@@ -19,14 +19,13 @@ from contextlib import contextmanager
 import torch
 
 from tekfac_edu.optim.batch import LayerBatch
-from tekfac_edu.optim.layers import batched
 
 
 class Use:
-    """One call of one module: its input, and the gradients that came back, one per vector."""
+    """One call of one layer: its input, and the gradients that came back, one per vector."""
 
-    def __init__(self, module, x):
-        self.module, self.x = module, x
+    def __init__(self, layer, x):
+        self.layer, self.x = layer, x
         self.gradients = []
         self.part = None
         # Not -1 while a checkpointed forward pass is run again inside a backward pass.
@@ -34,33 +33,34 @@ class Use:
 
 
 class Capture:
-    """Collects the uses of modules between two steps.
+    """Collects the uses of layers between two steps.
 
     Parameters
     ----------
-    modules : the factored modules.
+    layers : list of Layer.
     from_backward : whether ordinary backward passes count (the empirical Fisher), or only those
         inside `fisher_pass` (the other two).
 
     Attributes
     ----------
-    wanted : set of the modules from which the next step takes statistics; assign it.
+    wanted : set of the layers from which the next step takes statistics; assign it.
     fisher_asked : whether `accumulate_fisher` was called since the last step; it says so.
-    seen : whether any of the modules was called in training mode since the last step.
+    seen : whether any of the layers was called in training mode since the last step.
     """
 
-    def __init__(self, modules, from_backward):
-        self.wanted = frozenset(modules)
+    def __init__(self, layers, from_backward):
+        self.wanted = frozenset(layers)
         self.from_backward = from_backward
         self.uses = []
         self.fisher_passes = 0
         self.fisher_asked = self.seen = False
         self._in_fisher_pass = False
         self._canonical = {}  # part -> the part it turned out to belong to
-        for module in modules:
-            _forget_copied_hooks(module)
-        hook = ForwardHook(weakref.ref(self))
-        handles = [m.register_forward_hook(hook, with_kwargs=True) for m in modules]
+        handles = []
+        for layer in layers:
+            _forget_copied_hooks(layer.module)
+            hook = ForwardHook(weakref.ref(self), layer)
+            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True))
         weakref.finalize(self, _remove, handles)
 
     def clear(self):
@@ -102,45 +102,48 @@ class Capture:
                     self._canonical[key] = self._canonical[use.part]
 
     def batches(self):
-        """A dict from every module that was used to its `LayerBatch`."""
+        """A dict from every layer that was used to its `LayerBatch`."""
         parts = {self._canonical[use.part] for use in self.uses}
-        scale = len(parts) if self.from_backward else None
-        by_module = {}
+        num_parts = len(parts) if self.from_backward else None
+        by_layer = {}
         for use in self.uses:
-            by_part = by_module.setdefault(use.module, {})
+            by_part = by_layer.setdefault(use.layer, {})
             by_part.setdefault(self._canonical[use.part], []).append(use)
-        return {m: LayerBatch(m, list(by_part.values()), scale) for m, by_part in by_module.items()}
+        return {
+            layer: LayerBatch(layer, list(by_part.values()), num_parts)
+            for layer, by_part in by_layer.items()
+        }
 
 
 class ForwardHook:
-    """What is registered on a module. It knows its `Capture` weakly; a copied or pickled one knows
-    none, so that a copy of the model is an ordinary model and never reports to this optimizer."""
+    """What is registered on a layer's module. It knows its `Capture` weakly; a copied or pickled
+    one knows none, so that a copy of the model is an ordinary model and never reports here."""
 
-    def __init__(self, capture):
-        self.capture = capture
+    def __init__(self, capture, layer):
+        self.capture, self.layer = capture, layer
 
     def __call__(self, module, args, kwargs, output):
-        alive = self.capture()
+        alive, layer = self.capture(), self.layer
         if alive is None or not alive.wanted:
             return
         if not (module.training and torch.is_grad_enabled() and output.requires_grad):
             return
         alive.seen = True
-        if module not in alive.wanted:
+        if layer not in alive.wanted:
             return
         x = args[0] if args else kwargs["input"]
         # The network's own inputs may be in a buffer that is filled again before the step.
         x = x.detach() if x.requires_grad else x.clone()
-        use, capture = Use(module, batched(module, x)), self.capture
+        use, capture = Use(layer, layer.batched(x)), self.capture
 
         def backward_hook(gradient):
             if (alive := capture()) is not None:
-                alive.receive(use, batched(module, gradient.detach()))
+                alive.receive(use, layer.batched(gradient.detach()))
 
         output.register_hook(backward_hook)
 
     def __reduce__(self):
-        return ForwardHook, (_nothing,)
+        return ForwardHook, (_nothing, None)
 
 
 def _nothing():

@@ -50,9 +50,7 @@ def ranks_in(group):
 
 
 def received_from(owner, tensors, group):
-    """The owner's tensors, or None if it has none; others pass tensors of the right shapes."""
-    if group is None:
-        return tensors
+    """The owner's tensors, None if it has none, on all ranks; others pass some of their shapes."""
     source = distributed.get_global_rank(group, owner)
     found = [tensors is not None]
     distributed.broadcast_object_list(found, source, group=group)

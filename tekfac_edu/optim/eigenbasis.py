@@ -4,20 +4,13 @@
 
     direction = Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ
 
-A truncated Q_in, (d_in, k), holds the leading eigenvectors only. What F has besides them, in output
-direction i, is spread evenly over the d_in − k input directions that are left: r_i each. So
-
-    direction = Q_out [ (Z − C Q_inᵀ) / r_damped + (C / D_damped) Q_inᵀ ]   Z = Q_outᵀ M, C = Z Q_in
-
-and whatever has one column per input direction has k + 1 here; the last one counts for the rest.
-
 A decomposition may fail on a matrix that training has made singular (dead units). It is then tried
 once more, in float64 and with a ridge; what happens if that fails too is the caller's to decide.
+Every tensor may have axes more in front, of blocks or of layers that are worked on together.
 """
 
 import torch
 
-COLD_STEPS = 4  # of orthogonal iteration, from random columns to a first truncated basis
 RIDGE = 1e-6  # of the mean eigenvalue: far below any useful damping, far above float64's rounding
 
 
@@ -45,10 +38,10 @@ def eigenbasis(S):
     try:
         eigenvalues, Q = _finite_eigh(S)
     except torch.linalg.LinAlgError as first:
-        ridge = RIDGE * S.diagonal().double().mean()
-        identity = torch.eye(len(S), dtype=torch.float64, device=S.device)
+        ridge = RIDGE * S.diagonal(dim1=-2, dim2=-1).double().mean(-1)[..., None]
+        identity = torch.eye(S.shape[-1], dtype=torch.float64, device=S.device)
         try:
-            eigenvalues, Q = _finite_eigh(S.double() + ridge * identity)
+            eigenvalues, Q = _finite_eigh(S.double() + ridge[..., None] * identity)
         except torch.linalg.LinAlgError:
             raise DecompositionFailed(str(first)) from first
         eigenvalues, Q = (eigenvalues - ridge).to(S.dtype), Q.to(S.dtype)
@@ -58,7 +51,7 @@ def eigenbasis(S):
 def _finite_eigh(S):
     """eigh, with an error also where LAPACK gives NaN and none: seen in float32 with dead units."""
     eigenvalues, Q = torch.linalg.eigh(S)
-    if not Q.isfinite().all():
+    if not (eigenvalues.isfinite().all() & Q.isfinite().all()):
         raise torch.linalg.LinAlgError("eigh gave numbers that are not finite")
     return eigenvalues, Q
 
@@ -80,53 +73,18 @@ def qr_iteration(S, Q):
     first.
     """
     SQ = S @ Q
-    largest_first = (Q * SQ).sum(0).argsort(descending=True, stable=True)
-    Q_new, R = torch.linalg.qr(SQ[:, largest_first])
-    return Q_new * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q_new.dtype)
-
-
-def leading_eigenbasis(S, k):
-    """Eigenvalues and eigenvectors as `eigenbasis` gives them, the k largest alone.
-
-    Returns
-    -------
-    eigenvalues : (k + 1,) tensor, ascending but for the last: the sum of those left out.
-    Q : (d, k) tensor, orthonormal columns.
-    """
-    eigenvalues, Q = eigenbasis(S)
-    rest = eigenvalues[:-k].sum(0, keepdim=True)
-    return torch.cat([eigenvalues[-k:], rest]), Q[:, -k:].contiguous()
-
-
-def first_leading_basis(S, k):
-    """An approximate `leading_eigenbasis` without `eigh`: orthogonal iteration from random columns.
-
-    The columns are the same every time (Halko, Martinsson and Tropp 2011, Algorithm 4.4).
-
-    Returns
-    -------
-    (d, k) tensor, orthonormal columns.
-    """
-    draw = torch.Generator(S.device).manual_seed(0)
-    Q = torch.randn(len(S), k, generator=draw, dtype=S.dtype, device=S.device)
-    for _ in range(COLD_STEPS):
-        Q = qr_iteration(S, Q)
-    return Q
+    largest_first = (Q * SQ).sum(-2, keepdim=True).argsort(dim=-1, descending=True, stable=True)
+    Q_new, R = torch.linalg.qr(SQ.take_along_dim(largest_first, -1))
+    signs = torch.where(R.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(Q_new.dtype)
+    return Q_new * signs[..., None, :]
 
 
 def precondition(M, Q_in, Q_out, D_damped, precision="full"):
-    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: (..., d_out, d_in) -> (..., d_out, d_in).
+    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: (d_out, d_in) -> (d_out, d_in).
 
-    Q_in, D_damped : (d_in, d_in) and (d_out, d_in); or, truncated, (d_in, k) and (d_out, k + 1).
-    precision : "bfloat16": factors of the four products are rounded to it, and divided is in full.
+    precision : "bfloat16": the factors of the four products are rounded to it; divided is in full.
     """
     if precision == "bfloat16":
         Q_in, Q_out = Q_in.bfloat16(), Q_out.bfloat16()
-    Z = Q_out.mT @ M.to(Q_out.dtype)
-    C = Z @ Q_in
-    k = Q_in.shape[-1]
-    if D_damped.shape[-1] == k:
-        return (Q_out @ (C / D_damped).to(Z.dtype) @ Q_in.mT).to(M.dtype)
-    for_the_rest = (1 / D_damped[..., k:]).to(Z.dtype)  # rounded here: it has to cancel below
-    C = C * (1 / D_damped[..., :k] - for_the_rest)
-    return (Q_out @ (Z * for_the_rest + C.to(Z.dtype) @ Q_in.mT)).to(M.dtype)
+    turned = Q_out.mT @ M.to(Q_out.dtype) @ Q_in
+    return (Q_out @ (turned / D_damped).to(Q_out.dtype) @ Q_in.mT).to(M.dtype)

@@ -7,6 +7,7 @@ George, Laurent, Bouthillier, Ballas & Vincent 2018. `reference/ekfac.py` is the
 its uncorrected sibling is `kfac.py`; `tekfac.py` is the same with trace-restricted factors.
 """
 
+from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
 from tekfac_edu.optim.factors import kfac_factors
 from tekfac_edu.optim.optimizer import KroneckerOptimizer
 
@@ -14,5 +15,10 @@ from tekfac_edu.optim.optimizer import KroneckerOptimizer
 class EKFAC(KroneckerOptimizer):
     """EKFAC: factors of independence, eigenvalues corrected."""
 
-    estimate_factors = staticmethod(kfac_factors)
-    corrected = True
+    factors = staticmethod(kfac_factors)  # A, G
+    eigenvalues = MeasuredEigenvalues  # S*
+
+    @staticmethod
+    def damped(eigenvalues, damping):
+        """S* + λ: (d_out, d_in)."""
+        return eigenvalues.D + damping

@@ -9,18 +9,15 @@ a batch, over the parts of an accumulated one, over processes and over time is t
 and the identities of the factors survive all four.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-
-from tekfac_edu.optim.damping import root_of_ratio
 
 SPLIT = 512  # columns from which two halves of a product are faster than one whole
 
 
-@dataclass(frozen=True)
-class KFACFactors:
-    """Factors of independence (KFAC §3; KFC for positions).
+class KFACFactors(NamedTuple):
+    """Factors of independence (KFAC §3; KFC for positions): F ≈ A ⊗ G.
 
     Attributes
     ----------
@@ -32,24 +29,23 @@ class KFACFactors:
     G: torch.Tensor
 
     @property
-    def pair(self):
-        """The matrices whose eigenvectors are the basis: (A, G)."""
-        return self.A, self.G
+    def S_in(self):
+        """(d_in, d_in) tensor, whose eigenvectors are the basis on the side of the inputs: A."""
+        return self.A
 
     @property
-    def spectrum_scale(self):
-        """What the eigenvalues of `pair` have to be multiplied by, each, to give those of F: 1."""
-        return torch.ones_like(self.A[0, 0])
+    def S_out(self):
+        """(d_out, d_out) tensor, the same on the side of the outputs: G."""
+        return self.G
 
-    @staticmethod
-    def damping_split(s_in, s_out):
-        """π of KFAC's damping, from the eigenvalues of the pair."""
-        return root_of_ratio(s_in.mean(), s_out.mean())
+    @property
+    def scale(self):
+        """() tensor, 1: F ≈ scale · S_in ⊗ S_out."""
+        return torch.ones_like(self.A[..., 0, 0])
 
 
-@dataclass(frozen=True)
-class TraceRestrictedFactors:
-    """Trace-restricted factors (TKFAC Theorem 4.1; TEKFAC §3), held as their numerators.
+class TraceRestrictedFactors(NamedTuple):
+    """Trace-restricted factors (TKFAC Theorem 4.1; TEKFAC §3): F ≈ δ Φ ⊗ Ψ; held as numerators.
 
     Attributes
     ----------
@@ -73,37 +69,35 @@ class TraceRestrictedFactors:
         return _trace_one(self.delta_Psi, self.delta)
 
     @property
-    def pair(self):
-        """The matrices whose eigenvectors are the basis: (Φ, Ψ)."""
-        return self.Phi, self.Psi
+    def S_in(self):
+        """(d_in, d_in) tensor, whose eigenvectors are the basis on the side of the inputs: Φ."""
+        return self.Phi
 
     @property
-    def spectrum_scale(self):
-        """What the eigenvalues of Φ and of Ψ have to be multiplied by to give those of F: √δ."""
-        return self.delta.sqrt()
+    def S_out(self):
+        """(d_out, d_out) tensor, the same on the side of the outputs: Ψ."""
+        return self.Psi
 
-    @staticmethod
-    def damping_split(s_in, s_out):
-        """TKFAC (5.15) gives both factors √λ: the rule of KFAC with π = 1."""
-        return torch.ones_like(s_in[0])
+    @property
+    def scale(self):
+        """() tensor, δ: F ≈ scale · S_in ⊗ S_out."""
+        return self.delta
 
 
 def _trace_one(numerator, delta):
-    known = delta > 0
-    S = numerator / torch.where(known, delta, 1.0)
-    S.diagonal().add_(torch.where(known, 0.0, 1.0 / len(S)))
+    known = (delta > 0)[..., None, None]
+    S = numerator / torch.where(known, delta[..., None, None], 1.0)
+    S.diagonal(dim1=-2, dim2=-1).add_(known[..., 0].logical_not().to(S.dtype) / S.shape[-1])
     return S
 
 
 def averaged(old, new, decay):
-    """decay · old + (1 − decay) · new, field by field."""
-    pairs = zip(vars(old).items(), vars(new).values(), strict=True)
-    return type(old)(**{name: y.lerp(x, decay) for (name, x), y in pairs})
+    """Running average decay · old + (1 − decay) · new, numerator by numerator; decay: of the old.
 
-
-def factors_from(tensors):
-    """The factors whose fields these are: a dict name -> tensor."""
-    return KFACFactors(**tensors) if "A" in tensors else TraceRestrictedFactors(**tensors)
+    Under one common decay δΦ and δΨ stay the partial traces of the averaged Fisher block, and δ its
+    trace. Averaging the ratios Φ and Ψ would give a batch of tiny gradients the say of any other.
+    """
+    return type(old)(*(y.lerp(x, decay) for x, y in zip(old, new, strict=True)))
 
 
 def layer_format(a, g):

@@ -9,7 +9,11 @@ each the gradient, with respect to the outputs z of an example, of its own −lo
 The empirical Fisher's vectors are those of the ordinary backward pass.
 """
 
+import numpy as np
 import torch
+
+from tekfac_edu.arguments import one_of
+from tekfac_edu.optim.distributed import rank_in, ranks_of
 
 LIKELIHOODS = ("categorical", "bernoulli", "gaussian")
 
@@ -53,6 +57,63 @@ def _sampled(z, likelihood, generator):
         p = z.sigmoid()
         return p - torch.bernoulli(p.nan_to_num(nan=0.5), generator=generator)
     return torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+
+
+def accumulate_fisher(optimizer, outputs, likelihood="categorical"):
+    """Send the model's own distribution back, for fisher="mc" or "exact"; leaves .grad alone.
+
+    Call it after zero_grad, between the forward and the backward pass, once for each part of a
+    batch. On steps that take no statistics it does nothing.
+
+    Parameters
+    ----------
+    outputs : (N, C) tensor, what the model returned: logits, or the mean of a Gaussian.
+    likelihood : "categorical" (cross-entropy), "bernoulli" (binary cross-entropy, summed over
+        outputs), or "gaussian" of unit variance (half the squared error, summed over outputs).
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If outputs are not (N, C) or come from no factored module in training mode; under
+        fisher="empirical".
+    """
+    one_of("likelihood", likelihood, LIKELIHOODS)
+    settings, capture = optimizer.settings, optimizer.capture
+    if settings.fisher == "empirical":
+        raise RuntimeError(
+            'accumulate_fisher is for fisher="mc" or "exact"; this optimizer has '
+            'fisher="empirical", which takes its statistics from loss.backward()'
+        )
+    if outputs.ndim != 2:
+        raise ValueError(f"outputs must be (N, C); their shape is {(*outputs.shape,)}")
+    if not outputs.requires_grad:
+        raise RuntimeError("outputs have no graph: call accumulate_fisher before backward()")
+    capture.fisher_asked = True
+    weights = [
+        layer.weight
+        for layer in optimizer.layers
+        if layer in capture.wanted and layer.weight.requires_grad
+    ]
+    if not weights:
+        return
+    before = len(capture.uses)
+    rank = rank_in(ranks_of(optimizer.process_group))
+    draw = sampler(settings.seed, optimizer.steps, capture.fisher_passes, rank, outputs.device)
+    vectors = fisher_vectors(outputs, likelihood, settings.fisher == "exact", draw)
+    with capture.fisher_pass():
+        for vector in vectors:
+            send_back(outputs, weights, vector)
+    all_wanted = len(capture.wanted) == len(optimizer.layers)
+    if len(capture.uses) == before and (all_wanted or not capture.seen):
+        raise RuntimeError(
+            "outputs come from no factored module in training mode, or have been used already"
+        )
+
+
+def sampler(seed, step, part, rank, device):
+    """torch.Generator of the samples of one part of one step's batch on one rank."""
+    (word,) = np.random.SeedSequence([seed, step, part, rank]).generate_state(1)
+    return torch.Generator(device).manual_seed(int(word))
 
 
 def send_back(outputs, weights, vector):

@@ -1,28 +1,40 @@
-"""What a step or a state is refused for, before anything has changed."""
+"""What a model, a step or a call is refused for, before anything has changed."""
 
 import torch
 
-from tekfac_edu.optim.layers import gradient_matrix
 from tekfac_edu.optim.warning import warn
 
 
-def gradient_of(layer):
-    """M: (d_out, d_in), from `.grad` of weight and bias; None if neither has one.
+def refuse_model(optimizer, model):
+    """TypeError for the class that the methods share; ValueError unless model is an nn.Module."""
+    if optimizer.factors is None:
+        raise TypeError("KroneckerOptimizer is what KFAC, EKFAC, TKFAC and TEKFAC share: use those")
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"model must be the nn.Module itself, not its parameters: its layers' inputs are "
+            f"needed; got {type(model).__name__}"
+        )
+
+
+def refuse_module(optimizer, module, M):
+    """The layer of a module that is factored and has curvature, and that M fits.
 
     Raises
     ------
-    RuntimeError
-        If only one of the two has one.
+    ValueError, RuntimeError
+        If it is not factored, or M has another shape; before the first step.
     """
-    missing = [p.grad is None for p in (layer.weight, layer.bias) if p is not None]
-    if any(missing) and not all(missing):
-        raise RuntimeError(
-            f"{layer} has a gradient for only one of its weight and bias, which are factored "
-            f"together; after freezing or unfreezing parameters, build a new optimizer"
+    layer = next((layer for layer in optimizer.layers if layer.module is module), None)
+    if layer is None:
+        raise ValueError(
+            f"{type(module).__name__} is not a factored module of this optimizer; those are "
+            f"{', '.join(map(str, optimizer.layers))}"
         )
-    if all(missing):
-        return None
-    return gradient_matrix(layer.weight.grad, layer.bias.grad if layer.has_bias else None)
+    if (*M.shape,) != layer.shape:
+        raise ValueError(f"M must have shape {layer.shape} for {layer}; it has {(*M.shape,)}")
+    if not optimizer.curvatures[layer].ready:
+        raise RuntimeError(f"{layer} has no curvature yet: take a step first")
+    return layer
 
 
 def gradients_are_finite(optimizer):
@@ -46,21 +58,21 @@ def gradients_are_finite(optimizer):
 def refuse_missing_statistics(optimizer, gradients, batches):
     """RuntimeError if a layer would have to be preconditioned, and nothing was captured for it.
 
-    gradients : dict Layer -> M.   batches : dict module -> LayerBatch.
+    gradients : dict Layer -> M.   batches : dict Layer -> LayerBatch.
     """
     capture = optimizer.capture
-    if optimizer.fisher != "empirical" and capture.wanted and not capture.fisher_asked:
+    if optimizer.settings.fisher != "empirical" and capture.wanted and not capture.fisher_asked:
         raise RuntimeError(
-            f'fisher="{optimizer.fisher}" needs optimizer.accumulate_fisher(outputs) between the '
-            f"forward and the backward pass, after zero_grad; this step takes statistics, and it "
-            f"was not called"
+            f'fisher="{optimizer.settings.fisher}" needs optimizer.accumulate_fisher(outputs) '
+            f"between the forward and the backward pass, after zero_grad; this step takes "
+            f"statistics, and it was not called"
         )
     for layer in gradients:
-        if not optimizer.curvatures[layer].ready and layer.module not in batches:
+        if not optimizer.curvatures[layer].ready and layer not in batches:
             raise RuntimeError(
                 f"{layer} has a gradient, but no call in training mode was seen, so there are no "
                 f"statistics to precondition it with; call model.train(), or leave it to plain "
-                f"momentum SGD with plain_sgd=[{layer.name!r}]. A model that torch.compile had "
+                f"momentum SGD with plain=[{layer.name!r}]. A model that torch.compile had "
                 f"already run needs torch._dynamo.reset() once the optimizer is built, and a "
                 f"checkpointed one use_reentrant=False under this fisher"
             )
@@ -74,37 +86,3 @@ def refuse_grad_scaler(optimizer):
             f"torch.amp.GradScaler is not supported: {type(optimizer).__name__} would take its "
             f"statistics from scaled gradients. Use autocast with bfloat16, which needs no scaler"
         )
-
-
-def refuse_foreign_state(optimizer, state_dict):
-    """ValueError if a state is of another method, or of a model of other layers."""
-    method = type(optimizer).__name__
-    needed = {"state", "param_groups", "method", "steps", "curvatures", "generator"}
-    if missing := needed - set(state_dict):
-        raise ValueError(f"this is no state of {method}: it has no {', '.join(sorted(missing))}")
-    if state_dict["method"] != method:
-        raise ValueError(f"this is a state of {state_dict['method']}, not of {method}")
-    sizes = {layer.name: (layer.d_out, layer.d_in) for layer in optimizer.layers}
-    curvatures = state_dict["curvatures"]
-    if set(sizes) != set(curvatures):
-        raise ValueError(
-            f"the state has curvature for {sorted(curvatures)}; the model has {sorted(sizes)}"
-        )
-    for name, size in sizes.items():
-        bases = [curvatures[name][side] for side in ("Q_out", "Q_in")]
-        theirs = tuple(len(Q) for Q in bases if Q is not None)  # whatever their input_rank
-        if theirs and theirs != size:
-            raise ValueError(f"{name} is {size} here and {theirs} in the state")
-    ours = [p for group in optimizer.param_groups for p in group["params"]]
-    theirs = [index for group in state_dict["param_groups"] for index in group["params"]]
-    sizes, their_sizes = (
-        [len(group["params"]) for group in groups]
-        for groups in (optimizer.param_groups, state_dict["param_groups"])
-    )
-    if sizes != their_sizes:
-        raise ValueError(f"parameter groups of {sizes} tensors here, of {their_sizes} in the state")
-    for p, index in zip(ours, theirs, strict=True):
-        momentum = state_dict["state"].get(index, {}).get("momentum_buffer")
-        if momentum is not None and momentum.shape != p.shape:
-            name = optimizer.parameter_names.get(p, "a parameter")
-            raise ValueError(f"{name} is {(*p.shape,)} here and {(*momentum.shape,)} in the state")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
-from tekfac_edu.optim.layers import gradient_matrix
+from tekfac_edu.optim.groups import SETTINGS
 
 RUNS_SGD = 0.9999  # cosine above which a direction is the gradient for all practical purposes
 
@@ -27,7 +27,7 @@ class LayerReport:
     damping : λ of the layer.   smallest, median, largest : of the eigenvalues D, undamped.
     swamped : share of D below the damping, 0 to 1.
     cosine : between preconditioned direction and gradient; None without a `.grad`.
-    basis_age, scale_age : steps since the basis and D were refreshed; 0 if by the last step.
+    basis_age, eigenvalues_age : steps since the basis and D were refreshed; 0 if by the last step.
     warning : "" or what is wrong.
     """
 
@@ -42,7 +42,7 @@ class LayerReport:
     swamped: float | None = None
     cosine: float | None = None
     basis_age: int | None = None
-    scale_age: int | None = None
+    eigenvalues_age: int | None = None
     warning: str = ""
 
 
@@ -64,7 +64,7 @@ class Report:
             "swamped",
             "cosine",
             "basis age",
-            "scale age",
+            "eigenvalues age",
         ]
         table = [
             [
@@ -75,7 +75,7 @@ class Report:
                 None if row.swamped is None else f"{row.swamped:.0%}",
                 None if row.cosine is None else f"{row.cosine:.4f}",
                 row.basis_age,
-                row.scale_age,
+                row.eigenvalues_age,
             ]
             for row in self.rows
         ]
@@ -109,7 +109,7 @@ def _row(optimizer, layer, treatment, damping):
     D = curvature.spectrum
     cosine = None
     if layer.weight.grad is not None:
-        M = gradient_matrix(layer.weight.grad, layer.bias.grad if layer.has_bias else None)
+        M = layer.gradient()
         direction = optimizer.precondition(layer.module, M)
         cosine = torch.nn.functional.cosine_similarity(direction.flatten(), M.flatten(), 0).item()
     warning = ""
@@ -130,6 +130,16 @@ def _row(optimizer, layer, treatment, damping):
         (D < damping).float().mean().item(),
         cosine,
         optimizer.steps - 1 - curvature.basis_step,
-        optimizer.steps - 1 - curvature.scale_step,
+        optimizer.steps - 1 - curvature.eigenvalues_step,
         warning,
     )
+
+
+def summary(optimizer):
+    """Settings, groups, and how every module is treated: what `print(optimizer)` shows."""
+    lines = [f"{type(optimizer).__name__}({optimizer.settings})"]
+    for i, group in enumerate(optimizer.param_groups):
+        values = ", ".join(f"{name}={group[name]:g}" for name in SETTINGS)
+        lines.append(f"  group {i}: {len(group['params'])} tensors, {values}")
+    lines += [f"  {name or 'the model'}: {text}" for name, text in optimizer.treatments.items()]
+    return "\n".join(lines)

@@ -1,8 +1,42 @@
-"""What a refresh may cost, and every other setting of an optimizer that decides a number."""
+"""Every setting of an optimizer that decides a number and is not a parameter group's own.
 
-from dataclasses import dataclass, fields, replace
+    interval, decay, warmup     when statistics are refreshed, and how they are averaged
+    fisher, seed                whose vectors they are taken from
+    damping                     a rule of `damping.py`
+    cost                        what a refresh may cost
+
+They are state: `state_dict` holds them, `load_state_dict` restores them.
+"""
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Literal
 
 from tekfac_edu.arguments import one_of, real_number, whole_number
+from tekfac_edu.optim.damping import RULES, Paper, rule_from
+from tekfac_edu.optim.schedule import STAGES
+
+REPLACED = {  # arguments of the first edition, and what says the same now
+    "damping_policy": 'damping=ByTrace(...) for "trace"',
+    "damping_rule": 'damping=Added(...) for "added"',
+    "trace_multiplier": "damping=ByTrace(..., multiplier=...)",
+    "trace_floor": "damping=ByTrace(..., floor=...)",
+    "factor_interval": "interval=(factors, bases, eigenvalues)",
+    "eigen_interval": "interval=(factors, bases, eigenvalues)",
+    "scale_interval": "interval=(factors, bases, eigenvalues)",
+    "warmup_steps": "warmup=",
+    "factor_decay": "decay=",
+    "scale_decay": "decay=",
+    "eigenbasis": "cost=Cost(eigenbasis=...)",
+    "input_rank": "cost=Cost(input_rank=...)",
+    "factor_rows": "cost=Cost(factor_rows=...)",
+    "scale_examples": "cost=Cost(eigenvalue_examples=...)",
+    "stagger": "cost=Cost(stagger=...)",
+    "precision": "cost=Cost(precision=...)",
+    "lr_scale": "lr, which is now as under lr_scale='sgd' (that of 'natural', divided by damping)",
+    "lr_other": "param_groups=, a group with an lr of its own",
+    "plain_sgd": "plain=",
+    "generator": "torch.manual_seed(...) before the optimizer is built",
+}
 
 
 @dataclass(frozen=True)
@@ -25,21 +59,27 @@ class Cost:
         is slow. The first step, and those of the warm-up, refresh all layers.
     precision : "full", or "bfloat16": of the products that precondition a gradient, each step, on
         hardware that multiplies it faster.
+
+    Raises
+    ------
+    ValueError
+        If one is out of its bounds.
     """
 
     factor_rows: float | None = None
     eigenvalue_examples: int | None = None
     input_rank: int | None = None
-    eigenbasis: str = "eigh"
+    eigenbasis: Literal["eigh", "qr"] = "eigh"
     stagger: bool = False
-    precision: str = "full"
+    precision: Literal["full", "bfloat16"] = "full"
 
     def __post_init__(self):
         if self.factor_rows is not None:
-            real_number("factor_rows", self.factor_rows, above=0)
+            rows = real_number("factor_rows", self.factor_rows, above=0)
+            object.__setattr__(self, "factor_rows", rows)  # a state has no NumPy numbers
         for name in ("eigenvalue_examples", "input_rank"):
             if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 1)
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         one_of("eigenbasis", self.eigenbasis, ("eigh", "qr"))
         if not isinstance(self.stagger, bool):
             raise ValueError(f"stagger must be True or False; got {self.stagger!r}")
@@ -56,3 +96,103 @@ LOW = Cost(
     precision="bfloat16",
 )
 COSTS = {"exact": EXACT, "low": LOW}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the constructor was given, checked.
+
+    Attributes
+    ----------
+    fisher : "empirical", "mc" or "exact".
+    interval : steps between refreshes of factors, bases and eigenvalues (T_FIM, T_EIG, T_RE).
+    decay : ρ, weight of the old value in the running averages, 0 to 1.
+    warmup : at each of the first so many steps everything is refreshed.
+    damping : rule.   cost : Cost.
+    seed : of the samples of fisher="mc".
+    """
+
+    fisher: str
+    interval: tuple[int, int, int]
+    decay: float
+    warmup: int
+    damping: Paper
+    cost: Cost
+    seed: int
+
+    @classmethod
+    def checked(cls, stages, fisher, interval, decay, warmup, damping, cost, seed):
+        """From the constructor's arguments.
+
+        stages : those of the method, some of `STAGES`.
+
+        Raises
+        ------
+        ValueError
+            That names the argument, what it got, and what would be right.
+        """
+        one_of("fisher", fisher, ("empirical", "mc", "exact"))
+        by_factors = "eigenvalues" not in stages
+        if isinstance(cost, str):
+            cost = COSTS[one_of("cost", cost, COSTS)]
+            cost = replace(cost, eigenbasis="eigh") if by_factors else cost
+        if not isinstance(cost, Cost):
+            raise ValueError(f'cost must be "exact", "low" or a Cost; got {cost!r}')
+        if cost.eigenbasis == "qr" and by_factors:
+            raise ValueError(
+                'Cost(eigenbasis="qr") is for EKFAC and TEKFAC, which are exact about any basis; '
+                'KFAC and TKFAC need the eigenvalues of their factors: "eigh"'
+            )
+        return cls(
+            fisher,
+            _triple(interval),
+            real_number("decay", decay, at_least=0, at_most=1),
+            whole_number("warmup", warmup, 0),
+            rule_from(damping),
+            cost,
+            seed,
+        )
+
+    def as_dict(self):
+        """Plain data, for `state_dict`."""
+        rule = {"rule": type(self.damping).__name__, **asdict(self.damping)}
+        return {**asdict(self), "damping": rule}
+
+    @classmethod
+    def from_dict(cls, stages, plain):
+        """What `as_dict` gave; ValueError if it is something else."""
+        if not isinstance(plain, dict) or set(plain) != {field.name for field in fields(cls)}:
+            raise ValueError(f"the state's settings are not those of this version: {plain!r}")
+        try:
+            rule = dict(plain["damping"])
+            damping = RULES[rule.pop("rule")](**rule)
+            cost = Cost(**plain["cost"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the state's damping or cost cannot be read: {error}") from error
+        return cls.checked(stages, **{**plain, "damping": damping, "cost": cost})
+
+    def __str__(self):
+        return ", ".join(
+            f"{field.name}={getattr(self, field.name)!r}"
+            for field in fields(self)
+            if field.name != "seed"
+        )
+
+
+def _triple(interval):
+    """(factors, bases, eigenvalues) from one number or three."""
+    three = interval if isinstance(interval, tuple | list) else (interval,) * len(STAGES)
+    if len(three) != len(STAGES):
+        raise ValueError(
+            f"interval must be a whole number >= 1, or three: (factors, bases, eigenvalues); "
+            f"got {interval!r}"
+        )
+    return tuple(whole_number("interval", steps, 1) for steps in three)
+
+
+def refuse_replaced(arguments):
+    """TypeError for arguments that there are not, with what replaces those that there were."""
+    for name in arguments:
+        if name in REPLACED:
+            raise TypeError(f"{name} is now {REPLACED[name]}")
+        raise TypeError(f"there is no argument {name!r}")

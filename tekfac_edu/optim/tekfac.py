@@ -8,6 +8,7 @@ Gao, Liu, Huang, Wang, Wang, Wang, Xu & Yu 2020. `reference/tekfac.py` is the sa
 its uncorrected sibling is `tkfac.py`; `ekfac.py` is the same with factors of independence.
 """
 
+from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
 from tekfac_edu.optim.factors import trace_restricted_factors
 from tekfac_edu.optim.optimizer import KroneckerOptimizer
 
@@ -15,5 +16,10 @@ from tekfac_edu.optim.optimizer import KroneckerOptimizer
 class TEKFAC(KroneckerOptimizer):
     """TEKFAC: trace-restricted factors, eigenvalues corrected."""
 
-    estimate_factors = staticmethod(trace_restricted_factors)
-    corrected = True
+    factors = staticmethod(trace_restricted_factors)  # δ, Φ, Ψ
+    eigenvalues = MeasuredEigenvalues  # Θ
+
+    @staticmethod
+    def damped(eigenvalues, damping):
+        """Θ + λ: (d_out, d_in)."""
+        return eigenvalues.D + damping

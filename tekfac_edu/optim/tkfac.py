@@ -7,6 +7,7 @@ Gao, Liu, Huang, Wang, Wang, Xu & Yu 2021. `reference/tkfac.py` is the same idea
 corrected sibling is `tekfac.py`.
 """
 
+from tekfac_edu.optim.eigenvalues import FactorEigenvalues
 from tekfac_edu.optim.factors import trace_restricted_factors
 from tekfac_edu.optim.optimizer import KroneckerOptimizer
 
@@ -14,5 +15,11 @@ from tekfac_edu.optim.optimizer import KroneckerOptimizer
 class TKFAC(KroneckerOptimizer):
     """TKFAC: trace-restricted factors, eigenvalues as the factors give them."""
 
-    estimate_factors = staticmethod(trace_restricted_factors)
-    corrected = False
+    factors = staticmethod(trace_restricted_factors)  # δ, Φ, Ψ
+    eigenvalues = FactorEigenvalues  # δ s_Ψ s_Φᵀ
+
+    @staticmethod
+    def damped(eigenvalues, damping):
+        """(√δ s_Ψ + √λ)(√δ s_Φ + √λ)ᵀ: (d_out, d_in)."""
+        root = damping**0.5
+        return eigenvalues.plus(root, root)

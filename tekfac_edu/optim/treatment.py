@@ -1,63 +1,22 @@
 """How each module of a model is treated: factored, or plain momentum SGD, and why.
 
 Nothing is skipped in silence: a module that a reader would expect to be factored and is not is an
-error that names it, unless it is listed in `plain_sgd`; every other parameter appears in
+error that names it, unless it is listed in `plain`; every other parameter appears in
 `repr(optimizer)` with its reason.
 """
 
-from dataclasses import dataclass
-
 from torch import nn
 
-from tekfac_edu.optim.layers import is_factored_kind, refusal
+from tekfac_edu.optim.layers import factored_layer, kind_of, refusal
 
 
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A factored module.
-
-    Attributes
-    ----------
-    name : as in `model.named_modules()`.
-    module : Linear, Conv1d or Conv2d.
-    has_bias : whether the bias is factored with the weight, as the last column of M.
-    """
-
-    name: str
-    module: nn.Module
-    has_bias: bool
-
-    @property
-    def weight(self):
-        return self.module.weight
-
-    @property
-    def bias(self):
-        return self.module.bias if self.has_bias else None
-
-    @property
-    def d_out(self):
-        return self.weight.shape[0]
-
-    @property
-    def d_in(self):
-        return self.weight[0].numel() + self.has_bias
-
-    @property
-    def is_convolution(self):
-        return not isinstance(self.module, nn.Linear)
-
-    def __str__(self):
-        return f"{self.name} ({type(self.module).__name__})"
-
-
-def find_layers(model, plain_sgd=()):
+def find_layers(model, plain=()):
     """The factored layers of a model, and how everything else is treated.
 
     Parameters
     ----------
     model : nn.Module, possibly wrapped by DistributedDataParallel or torch.compile.
-    plain_sgd : names of modules to leave to plain momentum SGD, with all modules inside them.
+    plain : names of modules to leave to plain momentum SGD, with all modules inside them.
 
     Returns
     -------
@@ -67,14 +26,14 @@ def find_layers(model, plain_sgd=()):
     Raises
     ------
     ValueError
-        If a module cannot be factored and is not in plain_sgd; if a name in plain_sgd is unknown.
+        If a module cannot be factored and is not in plain; if a name in plain is unknown.
     """
     modules = dict(unwrapped(model).named_modules())
     _refuse_sharded(modules)
-    plain_sgd = {plain_sgd} if isinstance(plain_sgd, str) else set(plain_sgd)
-    if unknown := plain_sgd - set(modules):
+    plain = {plain} if isinstance(plain, str) else set(plain)
+    if unknown := plain - set(modules):
         raise ValueError(
-            f"plain_sgd names {sorted(unknown)}, which the model does not have; "
+            f"plain names {sorted(unknown)}, which the model does not have; "
             f"its modules are {sorted(filter(None, modules))}"
         )
     owners = {}
@@ -85,7 +44,7 @@ def find_layers(model, plain_sgd=()):
     for name, module in modules.items():
         if not list(module.parameters(recurse=False)):
             continue
-        reason = _why_plain(name, module, modules, plain_sgd)
+        reason = _why_plain(name, module, modules, plain)
         if reason is None:
             layer = _layer(name, module, owners)
             layers.append(layer)
@@ -97,18 +56,18 @@ def find_layers(model, plain_sgd=()):
     return layers, treatments
 
 
-def _why_plain(name, module, modules, plain_sgd):
+def _why_plain(name, module, modules, plain):
     """Why a module with parameters is not factored; None if it is."""
-    if any(name == listed or listed == "" or name.startswith(listed + ".") for listed in plain_sgd):
+    if any(name == listed or listed == "" or name.startswith(listed + ".") for listed in plain):
         return "plain SGD (asked for)"
     if not any(p.requires_grad for p in module.parameters(recurse=False)):
         return "frozen"
     if (problem := refusal(module)) is not None:
         raise ValueError(
             f"{name or 'the model'} ({type(module).__name__}) cannot be factored: {problem}; "
-            f"plain_sgd=[{name!r}] trains it with plain momentum SGD"
+            f"plain=[{name!r}] trains it with plain momentum SGD"
         )
-    if not is_factored_kind(module):
+    if kind_of(module) is None:
         return f"plain SGD (no factorization for {type(module).__name__})"
     if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "plain SGD (MultiheadAttention never calls it)"
@@ -132,9 +91,9 @@ def _layer(name, module, owners):
         if others:
             raise ValueError(
                 f"{name} cannot be factored: it shares a parameter with {', '.join(others)}; "
-                f"plain_sgd={[name, *others]!r} trains them with plain momentum SGD"
+                f"plain={[name, *others]!r} trains them with plain momentum SGD"
             )
-    return Layer(name, module, bias is not None and bias.requires_grad)
+    return factored_layer(name, module, bias is not None and bias.requires_grad)
 
 
 def unwrapped(model):

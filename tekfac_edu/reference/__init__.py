@@ -3,19 +3,25 @@
 Nothing here imports torch. Every method is a function of two matrices per layer, the inputs
 `a: (N, d_in)` and the output gradients `g: (N, d_out)`, and the four methods are a 2 × 2 table:
 
-                                eigenvalues as the factors give them    eigenvalues corrected
+                                eigenvalues as the factors give them    eigenvalues measured
     factors of independence     KFAC                                    EKFAC
     trace-restricted factors    TKFAC                                   TEKFAC
+
+What is named here checks its arguments. A function whose name begins with an underscore is the
+formula behind a check, for arrays that have been checked already or were made here.
 """
 
 from tekfac_edu.reference.convolution import ConvNet, patches
-from tekfac_edu.reference.damping import kfac_damping, kfac_pi, trace_damping
-from tekfac_edu.reference.descent import GradientDescent, LayerCurvature, NaturalGradient, train
-from tekfac_edu.reference.eigenbasis import eigenbasis, qr_iteration
+from tekfac_edu.reference.curvature import LayerCurvature
+from tekfac_edu.reference.damping import Added, ByTrace, Paper, kfac_damping, kfac_pi
+from tekfac_edu.reference.descent import GradientDescent, NaturalGradient, train
+from tekfac_edu.reference.eigenbasis import eigenbasis, precondition, qr_iteration
+from tekfac_edu.reference.eigenvalues import corrected_eigenvalues, move_eigenvalues
 from tekfac_edu.reference.ekfac import EKFAC
 from tekfac_edu.reference.factors import (
     KFACFactors,
     TraceRestrictedFactors,
+    averaged,
     kfac_factors,
     trace_restricted_factors,
 )
@@ -35,7 +41,6 @@ from tekfac_edu.reference.kronecker import (
     vec,
 )
 from tekfac_edu.reference.networks import MLP, LayerStatistics
-from tekfac_edu.reference.rescaling import corrected_eigenvalues, move_eigenvalues
 from tekfac_edu.reference.tekfac import TEKFAC
 from tekfac_edu.reference.tkfac import TKFAC
 
@@ -45,13 +50,17 @@ __all__ = [
     "MLP",
     "TEKFAC",
     "TKFAC",
+    "Added",
+    "ByTrace",
     "ConvNet",
     "GradientDescent",
     "KFACFactors",
     "LayerCurvature",
     "LayerStatistics",
     "NaturalGradient",
+    "Paper",
     "TraceRestrictedFactors",
+    "averaged",
     "corrected_eigenvalues",
     "eigenbasis",
     "exact_fisher",
@@ -66,12 +75,12 @@ __all__ = [
     "nearest_kronecker_product",
     "partial_traces",
     "patches",
+    "precondition",
     "qr_iteration",
     "rearrange",
     "split_vecs",
     "stack_vecs",
     "to_row_order",
-    "trace_damping",
     "trace_restricted_factors",
     "train",
     "unrearrange",

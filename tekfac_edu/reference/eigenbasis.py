@@ -9,9 +9,7 @@ The methods differ in where Q comes from and in what D is; nothing else. Beside 
 
 import numpy as np
 
-from tekfac_edu.reference.damping import nonnegative_damping
-from tekfac_edu.reference.inputs import matrix_of_shape, square_matrix
-from tekfac_edu.reference.kronecker import vec
+from tekfac_edu.reference.inputs import finite_array
 
 
 def eigenbasis(S):
@@ -31,7 +29,7 @@ def eigenbasis(S):
     ValueError
         If S is not symmetric, or an eigenvalue is negative beyond rounding.
     """
-    S = square_matrix("S", S)
+    S = finite_array("S", S, square=True)
     largest = np.abs(S).max()
     if np.abs(S - S.T).max() > 1e-10 * largest:
         raise ValueError(
@@ -62,65 +60,34 @@ def qr_iteration(S, Q):
     -------
     (d, d) array, orthogonal to rounding whether or not it has converged; largest direction first.
     """
-    S = square_matrix("S", S)
-    Q = matrix_of_shape("Q", Q, S.shape)
+    S = finite_array("S", S, square=True)
+    Q = finite_array("Q", Q, shape=S.shape)
     largest_first = np.argsort(-np.einsum("ij,ik,kj->j", Q, S, Q, optimize=True))
     Q_new, R = np.linalg.qr(S @ Q[:, largest_first])
     return Q_new * np.where(np.diag(R) < 0, -1.0, 1.0)
 
 
-def dense_from_eigenbasis(Q_in, Q_out, D):
-    """(Q_in ⊗ Q_out) diag(vec D) (Q_in ⊗ Q_out)ᵀ, formed: (d_in·d_out, d_in·d_out)."""
-    Q = np.kron(Q_in, Q_out)
-    return (Q * vec(D)) @ Q.T
-
-
-def precondition_corrected(M, Q_in, Q_out, D, damping):
-    """Q_out [ (Q_outᵀ M Q_in) / (D + λ) ] Q_inᵀ: solve with the dense form, never forming it.
+def precondition(M, Q_in, Q_out, D_damped):
+    """Q_out [ (Q_outᵀ M Q_in) / D_damped ] Q_inᵀ: solve with the dense form, never forming it.
 
     Parameters
     ----------
-    M : (d_out, d_in) array, a gradient.   D : (d_out, d_in) array, >= 0.   damping : λ >= 0.
+    M : (d_out, d_in) array, a gradient.   D_damped : (d_out, d_in) array, > 0, in units of F.
+    Q_in : (d_in, d_in) array, orthogonal.   Q_out : (d_out, d_out) array, orthogonal.
 
-    Raises
-    ------
-    ValueError
-        If damping is negative or not finite, or zero while D is singular; if M has another shape.
+    Returns
+    -------
+    (d_out, d_in) array, M's units over those of F.
     """
-    damping = nonnegative_damping(damping)
-    _refuse_singular(D, damping)
-    return _divide(M, Q_in, Q_out, D + damping)
-
-
-def precondition_factored(M, Q_in, Q_out, s_in, s_out, add_in, add_out):
-    """Solve with (S_in + add_in I) ⊗ (S_out + add_out I), given the two eigendecompositions.
-
-    Parameters
-    ----------
-    M : (d_out, d_in) array, a gradient.
-    s_in : (d_in,) array, >= 0.   s_out : (d_out,) array, >= 0.
-    add_in, add_out : floats >= 0, each factor's share of the damping.
-
-    Raises
-    ------
-    ValueError
-        If a factor that gets no damping is singular; if M has another shape.
-    """
-    _refuse_singular(s_in, add_in)
-    _refuse_singular(s_out, add_out)
-    return _divide(M, Q_in, Q_out, np.outer(s_out + add_out, s_in + add_in))
-
-
-def _divide(M, Q_in, Q_out, D_damped):
-    M = matrix_of_shape("M", M, D_damped.shape)
-    return Q_out @ ((Q_out.T @ M @ Q_in) / D_damped) @ Q_in.T
-
-
-def _refuse_singular(spectrum, damping):
-    """Singular to rounding: numpy.linalg.matrix_rank's threshold, largest · size · epsilon."""
-    threshold = spectrum.max() * max(spectrum.shape) * np.finfo(float).eps
-    if damping == 0 and spectrum.min() <= threshold:
+    M = finite_array("M", M, shape=np.shape(D_damped))
+    if not np.min(D_damped) > 0:
         raise ValueError(
-            f"damping is 0 and the curvature is singular (smallest eigenvalue "
-            f"{spectrum.min():.1e}, largest {spectrum.max():.1e}); give damping > 0"
+            f"D_damped must be > 0; its smallest entry is {np.min(D_damped):.1e}: give more damping"
         )
+    d_out, d_in = M.shape
+    if np.shape(Q_in) != (d_in, d_in) or np.shape(Q_out) != (d_out, d_out):
+        raise ValueError(
+            f"Q_in and Q_out must have shapes {(d_in, d_in)} and {(d_out, d_out)} for this M; "
+            f"their shapes are {np.shape(Q_in)} and {np.shape(Q_out)}"
+        )
+    return Q_out @ ((Q_out.T @ M @ Q_in) / D_damped) @ Q_in.T

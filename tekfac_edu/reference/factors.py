@@ -32,14 +32,19 @@ class KFACFactors:
     A: np.ndarray
     G: np.ndarray
 
-    @property
-    def pair(self):
-        """The matrices whose eigenvectors are the basis: (A, G)."""
-        return self.A, self.G
+    scale = 1.0
 
-    def averaged_with(self, new, decay):
-        """Running average `decay · self + (1 − decay) · new`; decay is the weight of the old."""
-        rho = _decay_for(self, new, decay)
+    @property
+    def S_in(self):
+        """A: F ≈ scale · S_in ⊗ S_out, for both kinds of factors."""
+        return self.A
+
+    @property
+    def S_out(self):
+        """G."""
+        return self.G
+
+    def _averaged(self, new, rho):
         return KFACFactors(rho * self.A + (1 - rho) * new.A, rho * self.G + (1 - rho) * new.G)
 
 
@@ -59,18 +64,21 @@ class TraceRestrictedFactors:
     Psi: np.ndarray
 
     @property
-    def pair(self):
-        """The matrices whose eigenvectors are the basis: (Φ, Ψ)."""
-        return self.Phi, self.Psi
+    def scale(self):
+        """δ: F ≈ scale · S_in ⊗ S_out, for both kinds of factors."""
+        return self.delta
 
-    def averaged_with(self, new, decay):
-        """Running average of the numerators δΦ, δΨ and δ, with `decay` the weight of the old.
+    @property
+    def S_in(self):
+        """Φ."""
+        return self.Phi
 
-        Under one common decay δΦ and δΨ stay the partial traces of the averaged Fisher block, and
-        δ its trace. Averaging the ratios Φ and Ψ themselves would give a batch of tiny gradients
-        the same say as any other; unequal decays would break even the trace.
-        """
-        rho = _decay_for(self, new, decay)
+    @property
+    def S_out(self):
+        """Ψ."""
+        return self.Psi
+
+    def _averaged(self, new, rho):
         old_weight, new_weight = rho * self.delta, (1 - rho) * new.delta
         delta = old_weight + new_weight
         if delta == 0:
@@ -80,17 +88,6 @@ class TraceRestrictedFactors:
             (old_weight * self.Phi + new_weight * new.Phi) / delta,
             (old_weight * self.Psi + new_weight * new.Psi) / delta,
         )
-
-
-def _decay_for(old, new, decay):
-    """The decay as a float, once `new` is known to fit `old`."""
-    sizes = [S.shape for S in old.pair]
-    if type(new) is not type(old) or [S.shape for S in new.pair] != sizes:
-        raise ValueError(
-            f"new must be {type(old).__name__} of sizes {sizes}; got {type(new).__name__} "
-            f"{[S.shape for S in new.pair] if hasattr(new, 'pair') else ''}"
-        )
-    return real_number("decay", decay, at_least=0, at_most=1)
 
 
 def kfac_factors(a, g):
@@ -137,3 +134,25 @@ def trace_restricted_factors(a, g):
     Phi = np.einsum("nt,nti,ntj->ij", trace_Gamma, a, a, optimize=True) / (N * delta)
     Psi = np.einsum("nt,snto,sntp->op", trace_Lambda, g, g, optimize=True) / (N * delta)
     return TraceRestrictedFactors(float(delta), Phi, Psi)
+
+
+def averaged(old, new, decay):
+    """The running average `decay · old + (1 − decay) · new` of factors.
+
+    Trace-restricted factors are averaged as their numerators δΦ, δΨ and δ. Under one common decay
+    δΦ and δΨ stay the partial traces of the averaged Fisher block, and δ its trace. Averaging the
+    ratios Φ and Ψ themselves would give a batch of tiny gradients the same say as any other;
+    unequal decays would break even the trace.
+
+    Parameters
+    ----------
+    old, new : KFACFactors or TraceRestrictedFactors, both of one kind and size.
+    decay : weight of the old, 0 to 1.
+    """
+    sizes = [old.S_in.shape, old.S_out.shape]
+    if type(new) is not type(old) or [new.S_in.shape, new.S_out.shape] != sizes:
+        shapes = [new.S_in.shape, new.S_out.shape] if hasattr(new, "S_in") else ""
+        raise ValueError(
+            f"new must be {type(old).__name__} of sizes {sizes}; got {type(new).__name__} {shapes}"
+        )
+    return old._averaged(new, real_number("decay", decay, at_least=0, at_most=1))

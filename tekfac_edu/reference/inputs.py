@@ -8,16 +8,19 @@ All maths after this page sees one format, whatever the caller had:
 
 import numpy as np
 
+from tekfac_edu.arguments import real_number
 
-def finite_array(name, x, ndim=None):
+
+def finite_array(name, x, ndim=None, shape=None, square=False):
     """x as a non-empty, finite float64 array (integers and shorter floats convert exactly).
 
     Raises
     ------
     ValueError
-        If x is not numeric, is empty, holds NaN or infinity, or has the wrong number of axes.
+        If x is not numeric, is empty, holds NaN or infinity, or is not of the ndim or the shape
+        asked for, or not a square matrix where one is.
     """
-    x = np.asarray(x)
+    x, ndim = np.asarray(x), 2 if square else ndim
     if x.dtype.kind not in "iuf" or x.dtype.itemsize > 8:
         raise ValueError(f"{name} must hold real numbers that fit float64; its dtype is {x.dtype}")
     if ndim is not None and x.ndim != ndim:
@@ -28,21 +31,9 @@ def finite_array(name, x, ndim=None):
     if not np.isfinite(x).all():
         bad = int((~np.isfinite(x)).sum())
         raise ValueError(f"{name} must be finite; {bad} of {x.size} entries are NaN or infinite")
-    return x
-
-
-def square_matrix(name, x):
-    """x as a finite float64 (d, d) array; ValueError otherwise."""
-    x = finite_array(name, x, ndim=2)
-    if x.shape[0] != x.shape[1]:
+    if square and x.shape[0] != x.shape[1]:
         raise ValueError(f"{name} must be square; its shape is {x.shape}")
-    return x
-
-
-def matrix_of_shape(name, x, shape):
-    """x as a finite float64 array of that shape; ValueError otherwise."""
-    x = finite_array(name, x)
-    if x.shape != tuple(shape):
+    if shape is not None and x.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {tuple(shape)}; its shape is {x.shape}")
     return x
 
@@ -58,10 +49,27 @@ def random_generator(name, rng):
 
 def eigen_form(Q_in, Q_out, eigenvalues):
     """ValueError unless the three fit: (d_in, d_in), (d_out, d_out), (d_out, d_in) and >= 0."""
-    Q_in, Q_out = square_matrix("Q_in", Q_in), square_matrix("Q_out", Q_out)
-    D = matrix_of_shape("eigenvalues", eigenvalues, (len(Q_out), len(Q_in)))
+    Q_in = finite_array("Q_in", Q_in, square=True)
+    Q_out = finite_array("Q_out", Q_out, square=True)
+    D = finite_array("eigenvalues", eigenvalues, shape=(len(Q_out), len(Q_in)))
     if D.min() < 0:
         raise ValueError(f"eigenvalues must be >= 0; the smallest is {D.min():.1e}")
+
+
+def enough_damping(damping, *spectra):
+    """damping as a float >= 0; ValueError also if it is 0 while one of the spectra is singular.
+
+    spectra : arrays of eigenvalues >= 0. Singular to rounding: numpy.linalg.matrix_rank's
+        threshold, largest · size · epsilon.
+    """
+    damping = real_number("damping", damping, at_least=0)
+    for s in spectra if damping == 0 else ():
+        if s.min() <= s.max() * max(s.shape) * np.finfo(float).eps:
+            raise ValueError(
+                f"damping is 0 and the curvature is singular (smallest eigenvalue {s.min():.1e}, "
+                f"largest {s.max():.1e}); give damping > 0"
+            )
+    return damping
 
 
 def layer_inputs(a, g):

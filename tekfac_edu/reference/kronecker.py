@@ -11,7 +11,7 @@ swaps the factors; `to_row_order` is the one place where that is converted.
 import numpy as np
 
 from tekfac_edu.arguments import whole_number
-from tekfac_edu.reference.inputs import finite_array, matrix_of_shape, square_matrix
+from tekfac_edu.reference.inputs import finite_array
 
 
 def vec(M):
@@ -22,7 +22,7 @@ def vec(M):
 def unvec(v, d_out, d_in):
     """The matrix whose stacked columns are v: (d_in * d_out,) -> (d_out, d_in)."""
     d_out, d_in = whole_number("d_out", d_out, 1), whole_number("d_in", d_in, 1)
-    return matrix_of_shape("v", v, (d_in * d_out,)).reshape((d_out, d_in), order="F")
+    return finite_array("v", v, shape=(d_in * d_out,)).reshape((d_out, d_in), order="F")
 
 
 def stack_vecs(matrices):
@@ -36,7 +36,7 @@ def stack_vecs(matrices):
 def split_vecs(v, shapes):
     """Undo `stack_vecs`: the (d_out, d_in) matrices of those shapes."""
     sizes = [d_out * d_in for d_out, d_in in shapes]
-    v = matrix_of_shape("v", v, (sum(sizes),))
+    v = finite_array("v", v, shape=(sum(sizes),))
     parts = np.split(v, np.cumsum(sizes)[:-1])
     return [unvec(part, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -61,11 +61,17 @@ def kron_apply(A, B, M):
     return B @ M @ A.T
 
 
+def dense_from_eigenbasis(Q_in, Q_out, D):
+    """(Q_in ⊗ Q_out) diag(vec D) (Q_in ⊗ Q_out)ᵀ, formed: (d_in·d_out, d_in·d_out)."""
+    Q = np.kron(Q_in, Q_out)
+    return (Q * vec(D)) @ Q.T
+
+
 def _as_blocks(F, d_in, d_out):
     """F with its row i·d_out + o and column j·d_out + p as [i, o, j, p]."""
     d_in, d_out = whole_number("d_in", d_in, 1), whole_number("d_out", d_out, 1)
     size = d_in * d_out
-    return matrix_of_shape("F", F, (size, size)).reshape(d_in, d_out, d_in, d_out)
+    return finite_array("F", F, shape=(size, size)).reshape(d_in, d_out, d_in, d_out)
 
 
 def to_row_order(F, d_in, d_out):
@@ -103,7 +109,7 @@ def rearrange(F, d_in, d_out):
 def unrearrange(R, d_in, d_out):
     """Undo `rearrange`: (d_in², d_out²) -> (d_in·d_out, d_in·d_out)."""
     d_in, d_out = whole_number("d_in", d_in, 1), whole_number("d_out", d_out, 1)
-    R = matrix_of_shape("R", R, (d_in**2, d_out**2)).reshape(d_in, d_in, d_out, d_out)
+    R = finite_array("R", R, shape=(d_in**2, d_out**2)).reshape(d_in, d_in, d_out, d_out)
     return R.transpose(1, 3, 0, 2).reshape(d_in * d_out, d_in * d_out)
 
 
@@ -142,7 +148,7 @@ def kronecker_power_iteration(F, d_in, d_out, steps):
     the multiple nearest to F; TKFAC's is the multiple, for steps=1, that keeps the trace.
     """
     steps = whole_number("steps", steps, 1)
-    trace = np.trace(square_matrix("F", F))
+    trace = np.trace(finite_array("F", F, square=True))
     if not trace > 0:
         raise ValueError(f"F must have a positive trace; its trace is {trace}")
     R = rearrange(F, d_in, d_out)

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import expit, log_softmax, softmax
 
 from tekfac_edu.arguments import one_of, whole_number
-from tekfac_edu.reference.inputs import finite_array, matrix_of_shape, random_generator
+from tekfac_edu.reference.inputs import finite_array, random_generator
 
 # name: (φ(s), φ'(s) given φ(s)); relu's derivative at 0 is 0
 ACTIVATIONS = {
@@ -153,7 +153,7 @@ def initial_weights(sizes, rng):
 
 def mean_loss(z, y, loss):
     """The mean over examples of a network's outputs z, (N, C), as in `MLP.loss`."""
-    y = _targets(y, z, loss)
+    y = _targets(y, z, one_of("loss", loss, LOSSES))
     if loss == "cross_entropy":
         return float(-log_softmax(z, axis=1)[np.arange(len(z)), y].mean())
     return float(0.5 * np.sum((z - y) ** 2) / len(z))
@@ -200,9 +200,8 @@ def _sampled(z, loss, rng, num_samples):
 
 def _targets(y, z, loss):
     """y, checked against the outputs z: (N,) labels below C, or (N, C) floats."""
-    one_of("loss", loss, LOSSES)
     if loss == "squared_error":
-        return matrix_of_shape("y", y, z.shape)
+        return finite_array("y", y, shape=z.shape)
     y = np.asarray(y)
     if y.shape != (len(z),) or y.dtype.kind not in "iu":
         raise ValueError(

@@ -199,3 +199,65 @@ def random_semidefinite(rng, d, rank=None):
 def solve_dense(F, M):
     """M (d_out, d_in) ↦ unvec(F⁻¹ vec M), by a dense solve."""
     return unvec_by_loops(np.linalg.solve(F, vec_by_loops(M)), *M.shape)
+
+
+class DenseLayer:
+    """One layer's damped matrix between steps by the rules of the papers, dense, nothing clever."""
+
+    def __init__(self, method, interval=(1, 1, 1), decay=0.95, basis="eigh"):
+        self.method, self.interval, self.decay, self.basis = method, interval, decay, basis
+        self.numerators = self.factors = self.bases = self.measured = None
+
+    def averaged(self, old, new):
+        if old is None:
+            return new
+        return tuple(self.decay * x + (1 - self.decay) * y for x, y in zip(old, new, strict=True))
+
+    def update(self, k, a, g):
+        """Step k with this batch."""
+        factors, bases, eigenvalues = self.interval
+        of_independence = self.method in ("kfac", "ekfac")
+        if k % factors == 0:
+            rule = (
+                kfac_factors_by_loops if of_independence else trace_restricted_numerators_by_loops
+            )
+            self.numerators = self.averaged(self.numerators, rule(a, g))
+        if k % bases == 0:
+            if of_independence:
+                self.factors = (1.0, *self.numerators)
+            else:
+                delta, left, right = self.numerators
+                self.factors = delta, left / delta, right / delta
+            if self.measured is None or self.basis == "eigh":
+                self.bases = [np.linalg.eigh(S)[1] for S in self.factors[1:]]
+            else:
+                self.bases = [
+                    np.linalg.qr(S @ Q[:, np.argsort(-np.diag(Q.T @ S @ Q))])[0]
+                    for S, Q in zip(self.factors[1:], self.bases, strict=True)
+                ]
+            if self.measured is not None:
+                Q = np.kron(*self.bases)
+                self.measured = Q * np.diag(Q.T @ self.measured @ Q) @ Q.T
+        if k % eigenvalues == 0:
+            D = corrected_eigenvalues_by_loops(a, g, *self.bases)
+            Q = np.kron(*self.bases)
+            old = None if self.measured is None else (self.measured,)
+            self.measured = self.averaged(old, (Q * vec_by_loops(D) @ Q.T,))[0]
+
+    def undamped(self):
+        """The method's approximation of the layer's block."""
+        if self.method in ("ekfac", "tekfac"):
+            return self.measured
+        delta, left, right = self.factors
+        return delta * np.kron(left, right)
+
+    def damped(self, damping):
+        """What the method's paper inverts."""
+        delta, left, right = self.factors
+        I_in, I_out, root = np.eye(len(left)), np.eye(len(right)), np.sqrt(damping)
+        if self.method in ("ekfac", "tekfac"):
+            return self.measured + damping * np.eye(len(self.measured))
+        if self.method == "kfac":
+            pi = np.sqrt(np.trace(left) / len(left) / (np.trace(right) / len(right)))
+            return np.kron(left + pi * root * I_in, right + root / pi * I_out)
+        return np.kron(np.sqrt(delta) * left + root * I_in, np.sqrt(delta) * right + root * I_out)

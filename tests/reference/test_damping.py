@@ -10,10 +10,14 @@ from tekfac_edu.reference import (
     KFAC,
     TEKFAC,
     TKFAC,
+    Added,
+    ByTrace,
     KFACFactors,
+    Paper,
     TraceRestrictedFactors,
+    kfac_damping,
     kfac_pi,
-    trace_damping,
+    precondition,
 )
 
 from .oracles import (
@@ -23,7 +27,6 @@ from .oracles import (
     fisher_by_loops,
     random_semidefinite,
     solve_dense,
-    vec_by_loops,
 )
 
 dampings = st.floats(1e-3, 1e3)
@@ -34,13 +37,24 @@ def test_pi_is_the_root_of_the_ratio_of_mean_eigenvalues(d_in, d_out, seed):
     rng = np.random.default_rng(seed)
     A, G = random_semidefinite(rng, d_in), 1e-3 * random_semidefinite(rng, d_out)
     mean_A, mean_G = np.linalg.eigvalsh(A).mean(), np.linalg.eigvalsh(G).mean()
-    assert kfac_pi(A, G) == pytest.approx(np.sqrt(mean_A / mean_G), rel=1e-12)
+    pi = kfac_pi(np.trace(A) / d_in, np.trace(G) / d_out)
+    assert pi == pytest.approx(np.sqrt(mean_A / mean_G), rel=1e-12)
 
 
 @pytest.mark.parametrize(("size_A", "size_G"), [(1e24, 1e-60), (1e-60, 1e24), (1e-60, 1e-60)])
 def test_pi_of_extreme_factors(size_A, size_G):
-    pi = kfac_pi(size_A * np.eye(3), size_G * np.eye(2))
+    pi = kfac_pi(size_A, size_G)
     assert pi == pytest.approx(np.sqrt(size_A) / np.sqrt(size_G), rel=1e-12)
+
+
+@pytest.mark.parametrize("means", [(0.0, 2.0), (2.0, 0.0), (0.0, 0.0)])
+def test_pi_is_one_where_a_factor_is_zero(means):
+    assert kfac_pi(*means) == 1.0
+
+
+def test_kfac_damping_is_the_root_of_the_damping_split_by_pi():
+    # π = √(8/2) = 2, √λ = 3
+    assert kfac_damping(8.0, 2.0, 9.0) == pytest.approx((6.0, 1.5), rel=1e-15)
 
 
 def test_kfac_adds_pi_to_the_inputs_and_its_inverse_to_the_outputs():
@@ -109,27 +123,82 @@ def test_damping_in_the_gradients_units(method, batch, damping):
     assert_close(method.fit(a, 2 * g).precondition(M, 4 * damping), once / 4, rtol=1e-11)
 
 
+class Layer:
+    """What a rule asks of a layer, without a loop around it."""
+
+    def __init__(self, method, batch):
+        self.a, self.g = batch.draw()
+        self.approximation = method.fit(self.a, self.g)
+        self.is_convolution = self.a.ndim == 3
+
+
+CONVOLUTION, OTHER = Batch("", 6, 4, 3, T=3), Batch("", 5, 3, 2, T=2, S=2, scale_g=0.1, seed=1)
+DENSE = Batch("", 8, 3, 4, scale_a=2.0, seed=2)
+every_method = pytest.mark.parametrize("method", [KFAC, EKFAC, TKFAC, TEKFAC])
+
+
+@every_method
+@pytest.mark.parametrize("batch", [CONVOLUTION, DENSE])
+def test_the_papers_rule_is_what_dense_shows(method, batch):
+    layer, rule = Layer(method, batch), Paper(0.3)
+    assert rule.layer_dampings([layer, layer]) == [0.3, 0.3]
+    assert_solves(layer.approximation, rule.damped(layer.approximation, 0.3), 0.3)
+
+
+def assert_solves(approximation, D_damped, damping):
+    """To divide by D_damped in the basis is to solve with `dense(damping)`."""
+    M = np.random.default_rng(0).normal(size=D_damped.shape)
+    step = precondition(M, approximation.Q_in, approximation.Q_out, D_damped)
+    assert_close(step, solve_dense(approximation.dense(damping), M), rtol=1e-9)
+
+
+@every_method
+@pytest.mark.parametrize("batch", [CONVOLUTION, DENSE])
+def test_added_damping_is_tikhonov_for_every_method(method, batch):
+    layer, rule = Layer(method, batch), Added(0.3)
+    assert rule.layer_dampings([layer, layer]) == [0.3, 0.3]
+    F = layer.approximation.dense() + 0.3 * np.eye(batch.d_in * batch.d_out)
+    D_damped = rule.damped(layer.approximation, 0.3)
+    M = np.random.default_rng(0).normal(size=D_damped.shape)
+    step = precondition(M, layer.approximation.Q_in, layer.approximation.Q_out, D_damped)
+    assert_close(step, solve_dense(F, M), rtol=1e-9)
+
+
+@every_method
+def test_by_trace_takes_the_mean_of_a_convolutions_spectrum(method):
+    layers = [Layer(method, batch) for batch in (CONVOLUTION, DENSE, OTHER)]
+    rule = ByTrace(0.05, multiplier=2.0, floor=0.0)
+    means = [np.linalg.eigvalsh(layer.approximation.dense()).mean() for layer in layers]
+    expected = [2 * means[0], 0.05 * 2 * max(means[0], means[2]), 2 * means[2]]
+    assert means[0] > means[2], "the case is meant to tell the largest from the last"
+    dampings = rule.layer_dampings(layers)
+    assert dampings == pytest.approx(expected, rel=1e-12)
+    for layer, damping in zip(layers, dampings, strict=True):
+        assert_solves(layer.approximation, rule.damped(layer.approximation, damping), damping)
+
+
+@pytest.mark.parametrize("method", [EKFAC, TEKFAC])
+def test_by_trace_takes_the_mean_of_the_true_blocks_spectrum(method):
+    layer = Layer(method, CONVOLUTION)
+    mean = np.linalg.eigvalsh(fisher_by_loops(layer.a, layer.g)).mean()
+    assert ByTrace(1.0, floor=0.0).layer_dampings([layer]) == pytest.approx([mean], rel=1e-12)
+
+
+def test_by_trace_is_the_plain_rule_where_there_is_no_convolution():
+    layers = [Layer(TEKFAC, DENSE), Layer(TEKFAC, DENSE)]
+    assert ByTrace(0.05, multiplier=7.0).layer_dampings(layers) == [0.05, 0.05]
+
+
 @pytest.mark.parametrize(
     ("trace", "dim", "floor", "expected"),
     [(12.0, 6, 1e-3, 2.0), (1e-60, 6, 3.0, 0.5), (1e-60, 4, 0.0, 2.5e-61), (1e24, 2, 1.0, 5e23)],
 )
-def test_trace_damping_is_the_mean_eigenvalue_with_a_floor(trace, dim, floor, expected):
-    assert trace_damping(trace, dim, floor) == pytest.approx(expected, rel=1e-15, abs=0.0)
+def test_by_trace_has_a_floor(trace, dim, floor, expected):
+    layer = Layer(TEKFAC, CONVOLUTION)
+    layer.approximation = TEKFAC(np.eye(dim), np.eye(1), np.full((1, dim), trace / dim))
+    found = ByTrace(1.0, floor=floor).layer_dampings([layer])
+    assert found == pytest.approx([expected], rel=1e-14, abs=0.0)
 
 
-def test_trace_damping_of_a_fit_is_the_mean_of_its_spectrum():
-    a, g = Batch("", 6, 4, 3).draw()
-    F = fisher_by_loops(a, g)
-    curvature = TEKFAC.fit(a, g)
-    damping = trace_damping(curvature.trace(), 12, 0.0)
-    assert damping == pytest.approx(np.linalg.eigvalsh(F).mean(), rel=1e-12)
-    assert damping == pytest.approx(vec_by_loops(curvature.eigenvalues).mean(), rel=1e-12)
-
-
-@pytest.mark.parametrize("method", [KFAC, EKFAC, TKFAC, TEKFAC])
-def test_factored_and_tikhonov_damping_both_solve_what_dense_shows(method):
-    curvature = method.fit(*Batch("", 6, 4, 3, T=2, S=2).draw())
-    M = np.random.default_rng(0).normal(size=(3, 4))
-    for damping in (1e-2, 1.0, 1e2):
-        expected = solve_dense(curvature.dense(damping), M)
-        assert_close(curvature.precondition(M, damping), expected, rtol=1e-9)
+def test_the_papers_multiplier_is_one_and_the_floor_small():
+    assert (ByTrace(0.1).multiplier, ByTrace(0.1).floor) == (1.0, 1e-8)

@@ -3,20 +3,29 @@
 import numpy as np
 import pytest
 
-from tekfac_edu.reference import KFAC, MLP, GradientDescent, NaturalGradient, train
+from tekfac_edu.reference import (
+    KFAC,
+    MLP,
+    Added,
+    ByTrace,
+    ConvNet,
+    GradientDescent,
+    NaturalGradient,
+    Paper,
+    train,
+)
 
 from .oracles import (
+    DenseLayer,
     assert_close,
     corrected_eigenvalues_by_loops,
-    kfac_factors_by_loops,
     solve_dense,
-    trace_restricted_numerators_by_loops,
     vec_by_loops,
 )
 
 WIDTHS = (3, 4, 2)
 METHODS = ["kfac", "ekfac", "tkfac", "tekfac"]
-CORRECTED = ["ekfac", "tekfac"]
+MEASURED = ["ekfac", "tekfac"]
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
@@ -27,72 +36,9 @@ def stream(steps, N=6):
         yield (1 + 0.5 * k) * rng.normal(size=(N, 3)), rng.integers(2, size=N)
 
 
-class DenseLayer:
-    """One layer's damped matrix by the rules of the papers, dense, nothing clever."""
-
-    def __init__(self, method, settings):
-        self.method, self.settings = method, settings
-        self.numerators = self.factors = self.bases = self.scaled = None
-
-    def averaged(self, old, new, decay):
-        if old is None:
-            return new
-        return tuple(decay * x + (1 - decay) * y for x, y in zip(old, new, strict=True))
-
-    def update(self, k, a, g):
-        s = self.settings
-        if k % s["factor_interval"] == 0:
-            rule = (
-                kfac_factors_by_loops
-                if self.method in ("kfac", "ekfac")
-                else trace_restricted_numerators_by_loops
-            )
-            self.numerators = self.averaged(self.numerators, rule(a, g), s["factor_decay"])
-        if k % s["eigen_interval"] == 0:
-            if self.method in ("kfac", "ekfac"):
-                self.factors = (1.0, *self.numerators)
-            else:
-                delta, left, right = self.numerators
-                self.factors = delta, left / delta, right / delta
-            if self.scaled is None or s["basis"] == "eigh":
-                self.bases = [np.linalg.eigh(S)[1] for S in self.factors[1:]]
-            else:
-                self.bases = [
-                    np.linalg.qr(S @ Q[:, np.argsort(-np.diag(Q.T @ S @ Q))])[0]
-                    for S, Q in zip(self.factors[1:], self.bases, strict=True)
-                ]
-            if self.scaled is not None:
-                Q = np.kron(*self.bases)
-                self.scaled = Q * np.diag(Q.T @ self.scaled @ Q) @ Q.T
-        if k % s["scale_interval"] == 0:
-            D = corrected_eigenvalues_by_loops(a, g, *self.bases)
-            Q = np.kron(*self.bases)
-            new = (Q * vec_by_loops(D) @ Q.T,)
-            old = None if self.scaled is None else (self.scaled,)
-            self.scaled = self.averaged(old, new, s["scale_decay"])[0]
-
-    def damped(self, damping):
-        delta, left, right = self.factors
-        I_in, I_out, root = np.eye(len(left)), np.eye(len(right)), np.sqrt(damping)
-        if self.method in CORRECTED:
-            return self.scaled + damping * np.eye(len(self.scaled))
-        if self.method == "kfac":
-            pi = np.sqrt(np.trace(left) / len(left) / (np.trace(right) / len(right)))
-            return np.kron(left + pi * root * I_in, right + root / pi * I_out)
-        return np.kron(np.sqrt(delta) * left + root * I_in, np.sqrt(delta) * right + root * I_out)
-
-
 def compare(method, steps=7, lr=0.1, damping=0.05, momentum=0.0, lr_scale="natural", **chosen):
     """Run the package and the dense loop side by side; their weights must stay together."""
-    settings = {
-        "factor_interval": 1,
-        "eigen_interval": 1,
-        "scale_interval": 1,
-        "factor_decay": 0.8,
-        "scale_decay": 0.7,
-        "basis": "eigh",
-        **chosen,
-    }
+    settings = {"interval": (1, 1, 1), "decay": 0.8, "basis": "eigh", **chosen}
     mlp, expected = MLP(WIDTHS, rng=1), MLP(WIDTHS, rng=1)
     optimizer = NaturalGradient(
         mlp,
@@ -104,7 +50,7 @@ def compare(method, steps=7, lr=0.1, damping=0.05, momentum=0.0, lr_scale="natur
         lr_scale=lr_scale,
         **settings,
     )
-    layers = [DenseLayer(method, settings) for _ in expected.weights]
+    layers = [DenseLayer(method, **settings) for _ in expected.weights]
     velocity = [np.zeros_like(W) for W in expected.weights]
     for k, (x, y) in enumerate(stream(steps)):
         statistics = expected.layer_statistics(x, fisher="exact")
@@ -141,19 +87,32 @@ def test_lr_that_means_what_it_means_for_sgd(method):
 @every_method
 @pytest.mark.parametrize("intervals", [(1, 2, 1), (2, 2, 1), (1, 3, 2), (2, 4, 3), (3, 1, 2)])
 def test_intervals(method, intervals):
-    factor, eigen, scale = intervals
-    compare(method, factor_interval=factor, eigen_interval=eigen, scale_interval=scale)
+    compare(method, interval=intervals)
 
 
-@pytest.mark.parametrize("method", CORRECTED)
-@pytest.mark.parametrize("eigen_interval", [1, 2])
-def test_warm_qr_bases(method, eigen_interval):
-    compare(method, basis="qr", eigen_interval=eigen_interval)
+@every_method
+def test_one_interval_is_three(method):
+    compare(method, interval=(2, 2, 2))
+    weights = []
+    for interval in (2, (2, 2, 2), [2, 2, 2]):
+        mlp = MLP(WIDTHS, rng=1)
+        optimizer = NaturalGradient(mlp, method, 0.1, 0.05, fisher="exact", interval=interval)
+        for x, y in stream(4):
+            optimizer.step(x, y)
+        weights.append(np.concatenate([W.ravel() for W in mlp.weights]))
+    assert np.array_equal(weights[0], weights[1])
+    assert np.array_equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("method", MEASURED)
+@pytest.mark.parametrize("bases", [1, 2])
+def test_warm_qr_bases(method, bases):
+    compare(method, basis="qr", interval=(1, bases, 1))
 
 
 @every_method
 def test_no_memory_at_all(method):
-    compare(method, factor_decay=0.0, scale_decay=0.0)
+    compare(method, decay=0.0)
 
 
 def test_moving_the_average_is_not_a_detail():
@@ -161,19 +120,61 @@ def test_moving_the_average_is_not_a_detail():
 
     class Unmoved(DenseLayer):
         def update(self, k, a, g):
-            before = self.bases
-            kept = self.scaled
+            before, kept = self.bases, self.measured
             super().update(k, a, g)
             if kept is not None:
                 Q_old, Q = np.kron(*before), np.kron(*self.bases)
                 stale = np.diag(Q_old.T @ kept @ Q_old)
                 D = vec_by_loops(corrected_eigenvalues_by_loops(a, g, *self.bases))
-                decay = self.settings["scale_decay"]
-                self.scaled = Q * (decay * stale + (1 - decay) * D) @ Q.T
+                self.measured = Q * (self.decay * stale + (1 - self.decay) * D) @ Q.T
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError, match="differs by"):
         patch.setitem(globals(), "DenseLayer", Unmoved)
         compare("tekfac", lr=1.0)
+
+
+@every_method
+@pytest.mark.parametrize("lr_scale", ["natural", "sgd"])
+@pytest.mark.parametrize("rule", [0.05, Paper(0.05), Added(0.05), ByTrace(0.05), ByTrace(2.0, 0.1)])
+def test_rules_on_a_network_with_a_convolution(method, rule, lr_scale):
+    """λ of each layer and what it does there, by dense matrices; the second layer is dense."""
+    net, expected = [ConvNet((2, 4, 4), 3, 3, rng=1) for _ in range(2)]
+    optimizer = NaturalGradient(
+        net, method, 0.1, rule, momentum=0.0, fisher="exact", decay=0.8, lr_scale=lr_scale
+    )
+    layers = [DenseLayer(method, decay=0.8) for _ in expected.weights]
+    rng = np.random.default_rng(0)
+    for k in range(3):
+        x, y = (1 + k) * rng.normal(size=(6, 2, 4, 4)), rng.integers(3, size=6)
+        for layer, s in zip(layers, expected.layer_statistics(x, fisher="exact"), strict=True):
+            layer.update(k, s.a, s.g)
+        dampings = [0.05, 0.05]
+        if isinstance(rule, ByTrace):
+            F = layers[0].undamped()
+            of_the_convolution = rule.multiplier * max(np.trace(F), rule.floor) / len(F)
+            dampings = [of_the_convolution, rule.damping * of_the_convolution]
+        for i, M in enumerate(expected.gradients(x, y)):
+            F, damping = layers[i].damped(dampings[i]), dampings[i]
+            if isinstance(rule, Added):
+                F = layers[i].undamped() + damping * np.eye(M.size)
+            direction = solve_dense(F, M) * (damping if lr_scale == "sgd" else 1)
+            expected.weights[i] = expected.weights[i] - 0.1 * direction
+        optimizer.step(x, y)
+        for W, V in zip(net.weights, expected.weights, strict=True):
+            assert_close(W, V, rtol=1e-9)
+
+
+@every_method
+def test_by_trace_without_convolutions_is_the_number(method):
+    weights = []
+    for damping in (0.05, ByTrace(0.05, multiplier=3.0)):
+        mlp = MLP(WIDTHS, rng=1)
+        optimizer = NaturalGradient(mlp, method, 0.1, damping, fisher="exact")
+        for x, y in stream(3):
+            optimizer.step(x, y)
+        weights.append(mlp.weights)
+    for W, V in zip(*weights, strict=True):
+        assert np.array_equal(W, V)
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "mc"])
@@ -183,12 +184,10 @@ def test_first_step_by_each_fisher(fisher):
     before = [W.copy() for W in mlp.weights]
     statistics = mlp.layer_statistics(x, y, fisher=fisher, rng=np.random.default_rng(5))
     gradients = mlp.gradients(x, y)
-    settings = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
-    settings |= {"factor_decay": 0.9, "scale_decay": 0.9, "basis": "eigh"}
     rng = np.random.default_rng(5)
     NaturalGradient(mlp, "tekfac", lr, damping, fisher=fisher, rng=rng).step(x, y)
     for W, old, layer, gradient in zip(mlp.weights, before, statistics, gradients, strict=True):
-        dense = DenseLayer("tekfac", settings)
+        dense = DenseLayer("tekfac")
         dense.update(0, layer.a, layer.g)
         assert_close(W, old - lr * solve_dense(dense.damped(damping), gradient), rtol=1e-11)
 
@@ -297,11 +296,11 @@ def test_a_step_that_fails_moves_no_layer():
 
 
 def test_a_class_of_ones_own_is_a_method():
-    """A KFAC that returns half of KFAC's direction moves the weights half as far."""
+    """A KFAC that divides by twice what KFAC does moves the weights half as far."""
 
     class HalfKFAC(KFAC):
-        def precondition(self, M, damping):
-            return super().precondition(M, damping) / 2
+        def damped(self, damping):
+            return 2 * super().damped(damping)
 
     x, y = next(stream(1))
     moves = []

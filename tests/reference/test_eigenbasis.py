@@ -5,9 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tekfac_edu.reference import eigenbasis, qr_iteration
+from tekfac_edu.reference import eigenbasis, precondition, qr_iteration
 
-from .oracles import assert_close, random_orthogonal, random_semidefinite
+from .oracles import (
+    assert_close,
+    random_orthogonal,
+    random_semidefinite,
+    solve_dense,
+    vec_by_loops,
+)
 
 sizes = st.integers(1, 6)
 seeds = st.integers(0, 2**16)
@@ -108,3 +114,13 @@ def test_repeated_qr_iterations_find_the_eigenbasis():
 def test_an_eigenbasis_stays_one():
     S = np.diag([3.0, 2.0, 1.0])
     assert_close(np.abs(qr_iteration(S, np.eye(3))), np.eye(3), rtol=1e-15)
+
+
+@given(sizes, sizes, seeds, scales)
+def test_precondition_solves_with_the_matrix_it_stands_for(d_in, d_out, seed, scale):
+    rng = np.random.default_rng(seed)
+    Q_in, Q_out = random_orthogonal(rng, d_in), random_orthogonal(rng, d_out)
+    D, M = scale * rng.uniform(0.1, 1, (d_out, d_in)), rng.normal(size=(d_out, d_in))
+    Q = np.kron(Q_in, Q_out)
+    expected = solve_dense(Q * vec_by_loops(D) @ Q.T, M)
+    assert_close(precondition(M, Q_in, Q_out, D), expected)

@@ -12,16 +12,21 @@ from tekfac_edu.reference import (
     MLP,
     TEKFAC,
     TKFAC,
+    Added,
+    ByTrace,
     GradientDescent,
     KFACFactors,
     LayerStatistics,
     NaturalGradient,
+    Paper,
     TraceRestrictedFactors,
+    averaged,
     corrected_eigenvalues,
     eigenbasis,
     exact_fisher,
     fisher_block,
     fisher_matrix,
+    kfac_damping,
     kfac_factors,
     kfac_pi,
     kron_apply,
@@ -29,12 +34,12 @@ from tekfac_edu.reference import (
     move_eigenvalues,
     nearest_kronecker_product,
     partial_traces,
+    precondition,
     qr_iteration,
     rearrange,
     split_vecs,
     stack_vecs,
     to_row_order,
-    trace_damping,
     trace_restricted_factors,
     unrearrange,
     unvec,
@@ -226,12 +231,21 @@ EIGEN = {
     "move, D": ("D", r"\(3, 2\)", move_eigenvalues, D.T, Q3, Q2, Q3, Q2),
     "move, old basis": ("Q_in_old", r"\(3, 2\)", move_eigenvalues, D, ones((3, 2)), Q2, Q3, Q2),
     "move, new basis": ("Q_out_new", r"\(3, 3\)", move_eigenvalues, D, Q3, Q2, Q3, Q3),
-    "kfac_pi, A": ("A", r"\(2, 3\)", kfac_pi, D, Q2),
-    "kfac_pi, G": ("G", NOT_FINITE, kfac_pi, Q3, filled((2, 2), np.nan)),
-    "trace_damping, trace": ("trace", "-1", trace_damping, -1.0, 6, 0.0),
-    "trace_damping, nan": ("trace", "nan", trace_damping, np.nan, 6, 0.0),
-    "trace_damping, dim": ("dim", "0", trace_damping, 1.0, 0, 0.0),
-    "trace_damping, floor": ("floor", "-1", trace_damping, 1.0, 6, -1.0),
+    "kfac_pi, a matrix": ("mean_in", r"1\.", kfac_pi, D, 1.0),
+    "kfac_pi, negative": ("mean_in", "-1", kfac_pi, -1.0, 1.0),
+    "kfac_pi, nan": ("mean_out", "nan", kfac_pi, 1.0, np.nan),
+    "kfac_damping, mean": ("mean_out", "-1", kfac_damping, 1.0, -1.0, 0.1),
+    "kfac_damping, damping": ("damping", "-1", kfac_damping, 1.0, 1.0, -1.0),
+    "Paper": ("damping", "-1", Paper, -1.0),
+    "Added": ("damping", "nan", Added, np.nan),
+    "ByTrace, damping": ("damping", "-1", ByTrace, -1.0),
+    "ByTrace, floor": ("floor", "-1", ByTrace, 1.0, 1.0, -1.0),
+    "ByTrace, multiplier": ("multiplier", "0", ByTrace, 1.0, 0.0),
+    "precondition, M": ("M", r"\(3, 2\)", precondition, D.T, Q3, Q2, D),
+    "precondition, nan": ("M", NOT_FINITE, precondition, filled((2, 3), np.nan), Q3, Q2, D),
+    "precondition, Q_in": ("Q_in", r"\(2, 2\)", precondition, D, Q2, Q2, D),
+    "precondition, D_damped": ("D_damped", r"0\.0", precondition, D, Q3, Q2, filled((2, 3), 0.0)),
+    "precondition, D_damped nan": ("D_damped", "nan", precondition, D, Q3, Q2, np.nan * D),
     "TEKFAC, eigenvalues": ("eigenvalues", r"\(3, 2\)", TEKFAC, Q3, Q2, D.T),
     "EKFAC, eigenvalues": ("eigenvalues", r"\(3, 2\)", EKFAC, Q3, Q2, D.T),
     "TEKFAC, negative": ("eigenvalues", "-1", TEKFAC, Q3, Q2, -D),
@@ -252,18 +266,18 @@ TRACE_PAIR = TraceRestrictedFactors(1.0, np.eye(3) / 3, np.eye(2) / 2)
 @pytest.mark.parametrize("factors", [KFAC_PAIR, TRACE_PAIR], ids=lambda f: type(f).__name__)
 @pytest.mark.parametrize(("decay", "got"), [(-0.1, r"-0\.1"), (1.5, r"1\.5"), (np.nan, "nan")])
 def test_decay(factors, decay, got):
-    refuses("decay", got, factors.averaged_with, factors, decay)
+    refuses("decay", got, averaged, factors, factors, decay)
 
 
 def test_averages_of_other_sizes_or_kinds():
     with pytest.raises(ValueError, match=r"\(2, 2\)"):
-        KFAC_PAIR.averaged_with(KFACFactors(np.eye(2), np.eye(2)), 0.5)
+        averaged(KFAC_PAIR, KFACFactors(np.eye(2), np.eye(2)), 0.5)
     with pytest.raises(ValueError, match=r"\(1, 1\)"):  # NumPy would broadcast
-        KFAC_PAIR.averaged_with(KFACFactors(np.eye(1), np.eye(2)), 0.5)
+        averaged(KFAC_PAIR, KFACFactors(np.eye(1), np.eye(2)), 0.5)
     with pytest.raises(ValueError, match=r"\(4, 4\)"):
-        TRACE_PAIR.averaged_with(TraceRestrictedFactors(1.0, np.eye(4) / 4, np.eye(2) / 2), 0.5)
+        averaged(TRACE_PAIR, TraceRestrictedFactors(1.0, np.eye(4) / 4, np.eye(2) / 2), 0.5)
     with pytest.raises(ValueError, match="KFACFactors"):
-        TRACE_PAIR.averaged_with(KFAC_PAIR, 0.5)
+        averaged(TRACE_PAIR, KFAC_PAIR, 0.5)
 
 
 def mlp():
@@ -358,13 +372,16 @@ DESCENT = {
     "momentum negative": ("momentum", r"-0\.5", {"momentum": -0.5}),
     "loss": ("loss", "hinge", {"loss": "hinge"}),
     "fisher": ("fisher", "type-2", {"fisher": "type-2"}),
-    "factor_interval": ("factor_interval", "0", {"factor_interval": 0}),
-    "eigen_interval": ("eigen_interval", r"1\.5", {"eigen_interval": 1.5}),
-    "scale_interval": ("scale_interval", "-1", {"scale_interval": -1}),
-    "factor_decay": ("factor_decay", r"1\.1", {"factor_decay": 1.1}),
-    "scale_decay": ("scale_decay", "nan", {"scale_decay": np.nan}),
+    "damping, a rule of text": ("damping", "paper", {"damping": "paper"}),
+    "interval": ("interval", "0", {"interval": 0}),
+    "interval of the factors": ("interval", "0", {"interval": (0, 1, 1)}),
+    "interval of the bases": ("interval", r"1\.5", {"interval": (1, 1.5, 1)}),
+    "interval of the eigenvalues": ("interval", "-1", {"interval": [1, 1, -1]}),
+    "two intervals": ("interval", r"\(1, 2\)", {"interval": (1, 2)}),
+    "decay": ("decay", r"1\.1", {"decay": 1.1}),
+    "decay nan": ("decay", "nan", {"decay": np.nan}),
     "basis": ("basis", "svd", {"basis": "svd"}),
-    "qr without correction": ("basis", "kfac", {"basis": "qr", "method": "kfac"}),
+    "qr without measuring": ("basis", "kfac", {"basis": "qr", "method": "kfac"}),
     "lr_scale": ("lr_scale", "adam", {"lr_scale": "adam"}),
     "mc without rng": ("rng", "None|mc", {"fisher": "mc"}),
 }

@@ -251,7 +251,7 @@ def test_an_orthogonal_change_of_inputs_changes_nothing(method, batch, seed):
     M = rng.normal(size=(batch.d_out, batch.d_in))
     # a basis is determined where eigenvalues differ; error in it is eps over the gap
     for S in (kfac_factors(a, g), trace_restricted_factors(a, g)):
-        for factor in (S.A, S.G) if hasattr(S, "A") else (S.Phi, S.Psi):
+        for factor in (S.S_in, S.S_out):
             eigenvalues = np.linalg.eigvalsh(factor)
             present = eigenvalues[eigenvalues > 1e-12 * eigenvalues[-1]]
             assume((np.diff(present) > 1e-3 * eigenvalues[-1]).all())

@@ -8,7 +8,6 @@ T counts output positions, K kernel elements. A Conv1d is a convolution of image
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,58 +19,6 @@ PADDING_MODES = {
     "replicate": "replicate",
     "circular": "circular",
 }
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Every so many of the positions in both directions, from an offset on.
-
-    Attributes
-    ----------
-    steps, offsets : (down, right). A step divides the number of positions in its direction, so that
-        with an offset drawn from range(step) every position is as likely as the others.
-    """
-
-    steps: tuple
-    offsets: tuple
-
-    @property
-    def slices(self):
-        """Along the axes of height and width."""
-        return tuple(slice(o, None, s) for o, s in zip(self.offsets, self.steps, strict=True))
-
-    @property
-    def share(self):
-        """How many positions there are for each of the grid."""
-        return math.prod(self.steps)
-
-
-def draw_grid(height, width, wanted, generator):
-    """The coarsest `Grid` with at least `wanted` of height · width positions; None for all of them.
-
-    generator : torch.Generator (on the CPU) that draws the offset.
-    """
-    steps = coarsest_steps(height, width, wanted)
-    if steps == (1, 1):
-        return None
-    return Grid(
-        steps, tuple(int(torch.randint(s, (), generator=generator, device="cpu")) for s in steps)
-    )
-
-
-def coarsest_steps(height, width, wanted):
-    """Of the coarsest grid with at least `wanted` positions; of equals the squarest."""
-    grids = [
-        (down, right)
-        for down in _divisors(height)
-        for right in _divisors(width)
-        if (height // down) * (width // right) >= wanted
-    ]
-    return max(grids, key=lambda s: (s[0] * s[1], -max(s)), default=(1, 1))
-
-
-def _divisors(number):
-    return [d for d in range(1, number + 1) if number % d == 0]
 
 
 def patches(module, x, grid=None):

@@ -1,4 +1,4 @@
-"""Corrected eigenvalues: the best diagonal for a given basis, and what becomes of it in another.
+"""Eigenvalues that are measured: the best diagonal for a basis, and what becomes of it in another.
 
     D = E[(Q_outᵀ G_n Q_in)²]       element-wise square; G_n the true gradient of example n
 
@@ -9,7 +9,7 @@ Beside chapters 6 and 8.
 
 import numpy as np
 
-from tekfac_edu.reference.inputs import layer_inputs, matrix_of_shape, square_matrix
+from tekfac_edu.reference.inputs import finite_array, layer_inputs
 
 
 def corrected_eigenvalues(a, g, Q_in, Q_out):
@@ -26,8 +26,13 @@ def corrected_eigenvalues(a, g, Q_in, Q_out):
     """
     a, g = layer_inputs(a, g)
     d_in, d_out = a.shape[-1], g.shape[-1]
-    Q_in = matrix_of_shape("Q_in", Q_in, (d_in, d_in))
-    Q_out = matrix_of_shape("Q_out", Q_out, (d_out, d_out))
+    Q_in = finite_array("Q_in", Q_in, shape=(d_in, d_in))
+    Q_out = finite_array("Q_out", Q_out, shape=(d_out, d_out))
+    return _second_moments(a, g, Q_in, Q_out)
+
+
+def _second_moments(a, g, Q_in, Q_out):
+    """a: (N, T, d_in), g: (S, N, T, d_out)."""
     G = np.einsum("snto,nti->snoi", g @ Q_out, a @ Q_in)
     return np.sum(G**2, axis=(0, 1)) / len(a)
 
@@ -48,8 +53,14 @@ def move_eigenvalues(D, Q_in_old, Q_out_old, Q_in_new, Q_out_new):
     -------
     (d_out, d_in) array.
     """
-    Q_in_old, Q_out_old = square_matrix("Q_in_old", Q_in_old), square_matrix("Q_out_old", Q_out_old)
-    D = matrix_of_shape("D", D, (len(Q_out_old), len(Q_in_old)))
-    R_in = matrix_of_shape("Q_in_new", Q_in_new, Q_in_old.shape).T @ Q_in_old
-    R_out = matrix_of_shape("Q_out_new", Q_out_new, Q_out_old.shape).T @ Q_out_old
+    Q_in_old = finite_array("Q_in_old", Q_in_old, square=True)
+    Q_out_old = finite_array("Q_out_old", Q_out_old, square=True)
+    D = finite_array("D", D, shape=(len(Q_out_old), len(Q_in_old)))
+    Q_in_new = finite_array("Q_in_new", Q_in_new, shape=Q_in_old.shape)
+    Q_out_new = finite_array("Q_out_new", Q_out_new, shape=Q_out_old.shape)
+    return _moved(D, Q_in_old, Q_out_old, Q_in_new, Q_out_new)
+
+
+def _moved(D, Q_in_old, Q_out_old, Q_in_new, Q_out_new):
+    R_in, R_out = Q_in_new.T @ Q_in_old, Q_out_new.T @ Q_out_old
     return R_out**2 @ D @ (R_in**2).T
