@@ -176,7 +176,7 @@ def distances(configuration, variants, steps, folder, device):
             watcher.step()
         due = step % configuration.interval == 0
         if due:
-            gradients = [gradient(layer.module) for layer in leader.layers]
+            gradients = [layer.gradient() for layer in leader.layers]
         leader.step()
         if due:
             measured.append(step)
@@ -185,14 +185,6 @@ def distances(configuration, variants, steps, folder, device):
                 other = directions(watcher, gradients)
                 found[name].append(float(f"{((other - exact).norm() / exact.norm()).item():.4g}"))
     return {"configuration": configuration.as_dict(), "steps": measured, "distance": found}
-
-
-def gradient(module):
-    """Of its weight, a row per output, and of its bias, in the last column."""
-    parts = [module.weight.grad.flatten(1)]
-    if module.bias is not None:
-        parts.append(module.bias.grad[:, None])
-    return torch.cat(parts, 1)
 
 
 def directions(optimizer, gradients):

@@ -29,8 +29,8 @@ from tekfac_edu.experiments.records import header, write_json
 from tekfac_edu.experiments.step_cost import TrainingStep, take_turns
 from tekfac_edu.experiments.tasks import Classification
 from tekfac_edu.figures import method_style, page_figure, use_book_style
-from tekfac_edu.optim.patches import coarsest_steps
-from tekfac_edu.optim.rescaling import projecting_first_is_cheaper
+from tekfac_edu.optim.eigenvalues import projecting_first_is_cheaper
+from tekfac_edu.optim.sampling import coarsest_steps
 
 TYPICAL = 10  # the interval whose mean step is reported
 NETWORKS = {

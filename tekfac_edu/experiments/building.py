@@ -4,10 +4,10 @@ from functools import lru_cache
 
 import torch
 
-from tekfac_edu import optim
 from tekfac_edu.data.images import load_images
 from tekfac_edu.experiments.methods import KRONECKER, METHODS
 from tekfac_edu.experiments.networks import NETWORKS
+from tekfac_edu.optim import Added, ByTrace, Paper
 
 _load = lru_cache(maxsize=1)(load_images)  # a race loads its images once
 
@@ -29,7 +29,7 @@ def build_model(configuration, images):
     return network.build(images.x_train.shape[1:], len(images.classes), size)
 
 
-RULES = {"paper": "Paper", "added": "Added", "by-trace": "ByTrace"}
+RULES = {"paper": Paper, "added": Added, "by-trace": ByTrace}
 
 
 def build_optimizer(configuration, model):
@@ -38,46 +38,17 @@ def build_optimizer(configuration, model):
     make = METHODS[c.optimizer].make
     if c.optimizer not in KRONECKER:
         return make(model.parameters(), c.lr, c.momentum, c.weight_decay)
-    if not hasattr(optim, "Paper"):
-        return _present_call(make, model, c)
     return make(
         model,
         c.lr,
         momentum=c.momentum,
         weight_decay=c.weight_decay,
-        damping=getattr(optim, RULES[c.damping_rule])(c.damping),
+        damping=RULES[c.damping_rule](c.damping),
         fisher=c.fisher,
         interval=c.interval,
         decay=c.decay,
         warmup=c.warmup,
         cost=c.cost,
-    )
-
-
-def _present_call(make, model, c):
-    """The same in the words of the constructor before this change."""
-    return make(
-        model,
-        c.lr,
-        momentum=c.momentum,
-        weight_decay=c.weight_decay,
-        damping=c.damping,
-        damping_rule="added" if c.damping_rule == "added" else "paper",
-        damping_policy="trace" if c.damping_rule == "by-trace" else "constant",
-        fisher=c.fisher,
-        factor_interval=c.interval,
-        eigen_interval=c.interval,
-        scale_interval=c.interval,
-        warmup_steps=c.warmup,
-        factor_decay=c.decay,
-        scale_decay=c.decay,
-        eigenbasis=c.cost.eigenbasis,
-        input_rank=c.cost.input_rank,
-        factor_rows=c.cost.factor_rows,
-        scale_examples=c.cost.eigenvalue_examples,
-        stagger=c.cost.stagger,
-        precision=c.cost.precision,
-        lr_scale="sgd",
     )
 
 

@@ -111,5 +111,6 @@ def expected_bytes(model, optimizer):
     tensors = [*model.parameters(), *model.buffers()]
     total = 3 * sum(t.numel() * t.element_size() for t in tensors)
     for layer in getattr(optimizer, "layers", ()):
-        total += 4 * (2 * layer.d_in**2 + 2 * layer.d_out**2 + 2 * layer.d_in * layer.d_out)
+        block = 4 * (2 * layer.d_in**2 + 2 * layer.d_out**2 + 2 * layer.d_in * layer.d_out)
+        total += block * (layer.blocks or 1)
     return total + 2**20

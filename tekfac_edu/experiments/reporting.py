@@ -196,7 +196,8 @@ def score_figure(runs, height=2.9):
 
     fig, ax = subplots(height=height)
     for name, group in by_optimizer(runs).items():
-        _draw(ax, *_curves(group, "test_score"), name)
+        epochs, scores = _curves(group, "test_score")
+        _draw(ax, epochs, scores, name)
     ax.set(xlabel="epoch", ylabel=f"test {runs[0]['score']}")
     end_labels(ax)
     return fig

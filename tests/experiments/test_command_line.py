@@ -177,7 +177,10 @@ def test_only_the_first_process_talks(command, asked, monkeypatch, capsys):
         ("train --model mlp --dataset digits --batch-size 5000", "a batch of 5000 is more than"),
         ("train --model mlp --dataset digits --data-folder x", "digits is embedded"),
         ("train --dataset cifar10 --data-folder /no/where", "there is no folder /no/where"),
-        ("train --model mlp --dataset digits --optimizer kfac --cost.eigenbasis qr", '"qr" is for'),
+        (
+            "train --model mlp --dataset digits --optimizer kfac --cost.eigenbasis qr",
+            '="qr") is for',
+        ),
         ("tune digits-mlp --trials 0", "trials must be a whole number >= 1; got 0"),
         ("report /no/where", "there is no /no/where"),
     ],

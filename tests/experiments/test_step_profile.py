@@ -9,7 +9,6 @@ from torch.autograd import DeviceType
 from torch.profiler import record_function
 
 from benchmarks.step_profile import PHASES, by_phase, profile_step, profiled
-from tekfac_edu import optim
 from tekfac_edu.experiments.configuration import Configuration
 
 PARTS = ("forward", "backward", "zero_grad", "factors", "eigenbases", "eigenvalues")
@@ -99,10 +98,7 @@ def test_a_real_step_has_its_parts_in_its_phases(name):
     seconds = profile_step(SMALL.replace(optimizer=name), "cpu")
     assert tuple(seconds) == PARTS
     found = {phase for phase, value in seconds.items() if value > 0}
-    if hasattr(optim, "Paper"):  # then the optimizer names its ranges
-        assert found == set(PARTS) - ({"eigenvalues"} if name == "kfac" else set())
-    else:
-        assert found == {"forward", "backward", "zero_grad", "other"}
+    assert found == set(PARTS) - ({"eigenvalues"} if name == "kfac" else set())
 
 
 def test_what_has_no_factors_has_no_such_profile():
