@@ -59,7 +59,7 @@ def after_one_step(case, method, fisher="empirical", N=N, parts=None, **options)
     """The optimizer, the module `layer` and its curvature."""
     model, (x, y) = case.make(), case.batch(N)
     settings = {"momentum": 0.0, "process_group": None, "fisher": fisher, **EVERY_STEP}
-    optimizer = method(model, 0.01, **(settings | options))
+    optimizer = method(model, 1.0, **(settings | options))
     parts = parts or [slice(None)]
     for part in parts:
         outputs = model(x[part])
@@ -96,7 +96,7 @@ def run(method, network, steps=4, **options):
     make, shape = NETWORKS[network]
     model = make()
     settings = {"damping": 0.1, "process_group": None, **UNEVEN}
-    optimizer = method(model, 0.005, **(settings | options))
+    optimizer = method(model, 0.5, **(settings | options))
     train(model, optimizer, batches(shape, steps))
     return model, optimizer
 

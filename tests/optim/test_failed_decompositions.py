@@ -65,7 +65,7 @@ def test_an_eigendecomposition_that_fails_once_is_tried_again_in_float64(method,
     results, dtypes = [], []
     for fails in (lambda *_: False, lambda call, S: dtypes.append(S.dtype) or call == 1):
         model = mlp().float()
-        optimizer = method(model, 0.01, damping=0.1, **EVERY_STEP)
+        optimizer = method(model, 1.0, damping=0.1, **EVERY_STEP)
         with monkeypatch.context() as patch:
             patch.setattr(torch.linalg, "eigh", failing(torch.linalg.eigh, fails))
             train(model, optimizer, stream)
@@ -80,7 +80,7 @@ def test_an_eigendecomposition_that_always_fails_keeps_the_basis_and_says_so_onc
     method, monkeypatch
 ):
     model = mlp()
-    optimizer = method(model, 0.005, damping=0.1, **EVERY_STEP)
+    optimizer = method(model, 0.5, damping=0.1, **EVERY_STEP)
     stream = list(batches((4,), 8))
     train(model, optimizer, stream[:3])
     bases = bases_of(optimizer)
@@ -108,7 +108,7 @@ def test_a_later_failure_keeps_the_basis_and_its_age(
     """The qr iteration fails by numbers that are not finite; nothing raises there."""
     make, shape = NETWORKS[network]
     model, cost = make(), Cost(eigenbasis=eigenbasis, input_rank=input_rank)
-    optimizer = method(model, 0.005, damping=0.1, cost=cost, **EVERY_STEP)
+    optimizer = method(model, 0.5, damping=0.1, cost=cost, **EVERY_STEP)
     stream = list(batches(shape, 5))
     train(model, optimizer, stream[:2])
     before = bases_of(optimizer)
@@ -125,7 +125,7 @@ def test_a_later_failure_keeps_the_basis_and_its_age(
 def test_one_block_that_fails_keeps_the_bases_of_all_of_its_layer(method, monkeypatch):
     """They are decomposed at once."""
     model = separable()
-    optimizer = method(model, 0.005, damping=0.1, **EVERY_STEP)
+    optimizer = method(model, 0.5, damping=0.1, **EVERY_STEP)
     stream = list(batches((4, 5, 5), 3))
     train(model, optimizer, stream[:2])
     before, eigh = bases_of(optimizer), torch.linalg.eigh
@@ -194,7 +194,7 @@ def test_the_same_where_a_first_qr_iteration_fails(method, input_rank, monkeypat
 @every_method
 def test_a_run_that_began_without_a_basis_takes_the_first_that_can_be_had(method, monkeypatch):
     model = mlp()
-    optimizer = method(model, 0.005, damping=0.1, **EVERY_STEP)
+    optimizer = method(model, 0.5, damping=0.1, **EVERY_STEP)
     stream = list(batches((4,), 3))
     with monkeypatch.context() as patch, pytest.warns(RuntimeWarning):
         all_fail(patch)

@@ -253,31 +253,3 @@ def test_gradients_that_are_there_already_stay(fisher):
         parameter.grad = torch.full_like(parameter, 0.5)
     optimizer_for(model, fisher=fisher).accumulate_fisher(model(x))
     assert all((parameter.grad == 0.5).all() for parameter in model.parameters())
-
-
-@every_sampled
-@every_method
-def test_a_forgotten_call_is_an_error_and_moves_nothing(method, fisher):
-    model, start = mlp(), mlp()
-    optimizer = optimizer_for(model, method, fisher)
-    cross_entropy(model, *CASES[0].batch()).backward()
-    with pytest.raises(RuntimeError, match="accumulate_fisher"):
-        optimizer.step()
-    for one, other in zip(model.parameters(), start.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_the_call_may_be_left_out_where_no_statistic_is_due():
-    model = mlp()
-    optimizer = optimizer_for(model, fisher="exact", interval=2)
-    x, y = CASES[0].batch()
-    fisher_step(optimizer, model, x, y)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer.zero_grad()
-    cross_entropy(model, x, y).backward()
-    optimizer.step()
-    assert not any(map(torch.equal, before, model.parameters()))
-    optimizer.zero_grad()
-    cross_entropy(model, x, y).backward()
-    with pytest.raises(RuntimeError, match="accumulate_fisher"):
-        optimizer.step()

@@ -179,7 +179,7 @@ def test_groups_train_as_layers_of_their_own(case, method, eigenbasis, input_ran
     for model in (together, apart):
         # of the head's many inputs twelve examples give no unique basis
         options = {"damping": 0.1, "fisher": fisher, "cost": cost, "plain": ["head"], **UNEVEN}
-        optimizer = method(model, 0.1, weight_decay=0.1, **options)
+        optimizer = method(model, 0.5, weight_decay=0.1, **options)
         train(model, optimizer, batches(case.shape, 5))
     start = case.make()
     for name, p in together.layer.named_parameters():
@@ -235,7 +235,7 @@ def test_a_new_kind_of_layer_is_one_class(method, transposed_kind):
     usual, other = case.make(), case.make()
     other.layer = Transposed(other.layer)
     for model in (usual, other):
-        optimizer = method(model, 0.1, damping=0.1, fisher="exact", **UNEVEN)
+        optimizer = method(model, 0.5, damping=0.1, fisher="exact", **UNEVEN)
         assert len(optimizer.layers) == 2
         train(model, optimizer, batches(case.shape, 4))
     assert torch.equal(other.layer.weight.T, usual.layer.weight)

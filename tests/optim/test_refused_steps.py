@@ -66,16 +66,21 @@ def test_a_weight_used_without_calling_its_module_is_named():
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact"])
-def test_a_forgotten_accumulate_fisher_is_an_error_only_when_statistics_are_due(fisher):
+@every_method
+def test_a_forgotten_accumulate_fisher_is_an_error_only_when_statistics_are_due(method, fisher):
     model = mlp()
-    optimizer = TEKFAC(model, 1e-3, fisher=fisher, interval=2, warmup=0)
+    optimizer = method(model, 1e-3, fisher=fisher, interval=2, warmup=0)
     x, y = BATCH
-    functional.cross_entropy(model(x), y).backward()
-    refused_step(model, optimizer, RuntimeError, f"{fisher}.*accumulate_fisher")
-    train(model, optimizer, [BATCH])
-    optimizer.zero_grad()
-    functional.cross_entropy(model(x), y).backward()
-    optimizer.step()
+    for _ in range(2):
+        functional.cross_entropy(model(x), y).backward()
+        refused_step(model, optimizer, RuntimeError, f"{fisher}.*accumulate_fisher")
+        train(model, optimizer, [BATCH])
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        before = parameters(model)
+        optimizer.step()
+        assert not torch.equal(parameters(model), before)
+        optimizer.zero_grad()
 
 
 def test_accumulate_fisher_says_what_is_wrong_with_its_outputs():

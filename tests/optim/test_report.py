@@ -94,6 +94,20 @@ def test_ages_are_steps_since_the_refresh(method):
     assert ages == [[pair] * 2 for pair in zip(basis, eigenvalues, strict=True)]
 
 
+@every_method
+def test_the_table_of_a_run_is_there_again_when_it_is_resumed(method):
+    model = mlp()
+    optimizer = method(model, 1e-4, **UNEVEN)
+    train(model, optimizer, batches((4,), 5))
+    optimizer.zero_grad()
+    resumed = mlp()
+    resumed.load_state_dict(model.state_dict())
+    again = method(resumed, 0.5)
+    again.load_state_dict(optimizer.state_dict())
+    assert again.report().rows == optimizer.report().rows
+    assert {row.basis_age for row in again.report().rows} == {1}
+
+
 def test_before_the_first_step_there_are_sizes_and_no_numbers():
     optimizer = KFAC(cnn(), 0.1)
     rows = {row.name: row for row in optimizer.report().rows}

@@ -295,7 +295,7 @@ def test_training_arrives_where_dense_algebra_does(method, run):
     network, k, options = RUNS[run]
     make, shape = NETWORKS[network]
     start, ours, theirs = (examples_alone(make()) for _ in range(3))
-    settings = {"lr": 0.0025, "momentum": 0.8, "weight_decay": 0.3, "decay": 0.7}
+    settings = {"lr": 1.0, "momentum": 0.8, "weight_decay": 0.3, "decay": 0.7}
     settings = Settings(**(settings | options))
     cost = Cost(input_rank=k)
     optimizer = method(ours, process_group=None, cost=cost, **settings.arguments())
@@ -323,7 +323,7 @@ def trained(method, network, steps=4, **options):
     """Model and optimizer, by the name of a network or what makes one of dense layers."""
     make, shape = NETWORKS.get(network, (network, (4,)))
     model = make()
-    optimizer = method(model, 0.05, process_group=None, damping=0.1, **(UNEVEN | options))
+    optimizer = method(model, 0.5, process_group=None, damping=0.1, **(UNEVEN | options))
     train(model, optimizer, batches(shape, steps))
     return model, optimizer
 
@@ -401,7 +401,7 @@ def test_inputs_in_few_directions_leave_nothing_negative_and_nothing_infinite(
     error = 1e-12 if dtype == torch.float64 else 1e-5
     model = chosen("Linear, no bias")[0].make().to(dtype)  # four inputs
     cost = Cost(input_rank=3, eigenbasis=eigenbasis)
-    optimizer = method(model, 1e-8, damping=1e-4, cost=cost, **EVERY_STEP)
+    optimizer = method(model, 1.0, damping=1e-4, cost=cost, **EVERY_STEP)
     for x, y in batches((4,), 4):
         train(model, optimizer, [DEGENERATE[kind](x.to(dtype), y)])
         for layer, curvature in optimizer.curvatures.items():
@@ -437,7 +437,7 @@ def test_another_rank_given_between_steps_takes_over_with_the_next_basis(
     """Until then the old one is measured in, and D keeps its trace."""
     model, optimizer = mlp(), None
     cost = Cost(eigenbasis=eigenbasis, input_rank=before)
-    optimizer = method(model, 0.005, damping=0.1, cost=cost, interval=(1, 3, 1), warmup=0)
+    optimizer = method(model, 0.5, damping=0.1, cost=cost, interval=(1, 3, 1), warmup=0)
     stream = list(batches((4,), 5))
     train(model, optimizer, stream[:2])
     other = replace(cost, input_rank=after)
@@ -497,7 +497,7 @@ def test_layers_of_one_shape_may_for_a_while_have_bases_of_unequal_width(
         optimizer.step()
         for module, M, W in zip(layers, gradients, start, strict=True):
             direction = 0.1 * optimizer.precondition(module, M)[:, :-1]
-            assert_close((W - module.weight).detach(), 0.05 * direction.numpy(), rtol=1e-8)
+            assert_close((W - module.weight).detach(), 0.5 * direction.numpy(), rtol=1e-8)
         widths.add(tuple(c.basis.Q_in.shape[1] for c in optimizer.curvatures.values()))
     assert any(len(set(width)) == 2 for width in widths)
     assert {c.basis.Q_in.shape[1] for c in optimizer.curvatures.values()} == {after or 5}
@@ -510,7 +510,7 @@ def test_training_goes_on_bit_for_bit_from_any_step(method, eigenbasis, network)
 
     def build(model):
         cost = Cost(input_rank=2, eigenbasis=eigenbasis)
-        return method(model, 0.005, damping=0.1, cost=cost, **UNEVEN)
+        return method(model, 0.5, damping=0.1, cost=cost, **UNEVEN)
 
     def build_otherwise(model):
         return method(model, 0.1)
@@ -557,7 +557,7 @@ def in_halves(name, part=slice(None), ranks=False):
     method, cost = ON_RANKS[name]
     model = separable()
     wrapped = DistributedDataParallel(model) if ranks else model
-    optimizer = method(wrapped, 0.005, damping=0.1, cost=cost, interval=(1, 2, 1), warmup=0)
+    optimizer = method(wrapped, 0.5, damping=0.1, cost=cost, interval=(1, 2, 1), warmup=0)
     train(wrapped, optimizer, [(x[part], y[part]) for x, y in batches((4, 5, 5), 4, N=40)])
     return {"model": model.state_dict(), "curvatures": optimizer.state_dict()["curvatures"]}
 
