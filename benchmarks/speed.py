@@ -1,7 +1,7 @@
 """What a step costs, ours and other packages', as ratios to SGD.
 
-    python benchmarks/speed.py                              (half an hour on two cores)
-    python benchmarks/speed.py --device cuda --models resnet20 vgg16 --record records/speed_gpu.json
+    python -m benchmarks.speed                              (half an hour on two cores)
+    python -m benchmarks.speed --device cuda --models resnet20 vgg16 --record records/speed_gpu.json
 
 All optimizers take turns in one process: mean, median and worst step, state, memory; the median of
 whole repetitions, with lowest and highest. Statistics, bases and eigenvalues are refreshed every
@@ -11,12 +11,9 @@ not installed, or fails, is left out, with the reason.
 The record is records/speed.json, the figure figures/step_cost.png. How the cost grows: growth.py.
 """
 
-import datetime
-import json
+import dataclasses
 import math
-import shlex
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Literal
@@ -26,12 +23,13 @@ import tyro
 from matplotlib.ticker import LogLocator, NullFormatter
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).parent))
-import peers as other_packages
-
-from tekfac_edu.experiments.building import METHODS, build_model
-from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS, Configuration
-from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
+from benchmarks import FIGURES, RECORDS
+from benchmarks import peers as other_packages
+from tekfac_edu.experiments.building import build_model
+from tekfac_edu.experiments.configuration import Configuration, Cost
+from tekfac_edu.experiments.methods import METHODS, OPTIMIZERS
+from tekfac_edu.experiments.networks import NETWORKS
+from tekfac_edu.experiments.records import header, write_json
 from tekfac_edu.experiments.reporting import NAMES
 from tekfac_edu.experiments.step_cost import (
     TrainingStep,
@@ -40,34 +38,33 @@ from tekfac_edu.experiments.step_cost import (
     random_batch,
     time_steps,
 )
-from tekfac_edu.experiments.tasks import task_of
 from tekfac_edu.figures import METHOD_STYLES, page_figure, use_book_style
+from tekfac_edu.optim.settings import EXACT
 
-HERE = Path(__file__).parent
 UNTIMED = 3  # steps before the timed ones: buffers exist then, and each interval has its refresh
 MEASURED = ("mean", "median", "worst", "first", "mean_ratio", "median_ratio", "worst_ratio")
 PEER_COLOR = "#0F7F5E"
 TINY = {"mlp": {"widths": (8,)}, "resnet20": {"width": 2}, "vgg16": {"width": 2}}
 
 
-def contestants_of(configuration, images, device, optimizers, peers, options):
+def contestants(configuration, images, device, optimizers, peers, cost):
     """({name: step}, {name: exception}): SGD first, then the others, then the peers.
 
     Parameters
     ----------
     configuration : Configuration, for all of them. peers: {name: function}, as in `peers.py`.
-    options : of the constructors of ours; with any, each of ours runs both without and with them
-        (KFAC and TKFAC with "eigh" in any case).
+    cost : Cost; unless it is the exact one, each of ours runs both without and with it (KFAC and
+        TKFAC with "eigh" in any case).
     """
     steps, failed = {}, {}
     for name in ("sgd", *(name for name in optimizers if name != "sgd")):
-        steps[NAMES[name]] = contestant(configuration.replace(optimizer=name), images, device)
-        if options and name in KRONECKER:
-            model = build_model(configuration, images).to(device)
-            usable = options if METHODS[name].corrected else options | {"eigenbasis": "eigh"}
-            optimizer = ours(name, model, configuration.interval, configuration.lr, usable)
-            loss = task_of(configuration).loss
-            steps[f"{NAMES[name]}, options"] = TrainingStep(model, optimizer, loss)
+        ours = configuration.replace(optimizer=name)
+        steps[NAMES[name]] = contestant(ours, images, device)
+        if cost != Cost() and (possible := METHODS[name].eigenbases):
+            basis = cost.eigenbasis if cost.eigenbasis in possible else possible[0]
+            ours = ours.replace(cost=dataclasses.replace(cost, eigenbasis=basis))
+            steps[f"{NAMES[name]}, options"] = contestant(ours, images, device)
+    loss = NETWORKS[configuration.model].task.loss
     for name, make in peers.items():
         model = build_model(configuration, images).to(device)
         try:
@@ -75,24 +72,11 @@ def contestants_of(configuration, images, device, optimizers, peers, options):
         except Exception as error:
             failed[name] = error
             continue
-        loss = task_of(configuration).loss
         steps[name] = made if callable(made) else TrainingStep(model, made, loss)
     return steps, failed
 
 
-def ours(name, model, interval, lr=0.1, options=None):
-    """One of the four, refreshing everything at once; options: beside or instead of that."""
-    settings = {
-        "lr_scale": "sgd",
-        "factor_interval": interval,
-        "eigen_interval": interval,
-        "scale_interval": interval,
-        "warmup_steps": 0,
-    }
-    return METHODS[name](model, lr, **settings | (options or {}))
-
-
-def measure(configuration, device, optimizers, peers, options, repetitions, steps):
+def measure(configuration, device, optimizers, peers, cost, repetitions, steps):
     """One network and one interval, for the record.
 
     Returns
@@ -100,15 +84,15 @@ def measure(configuration, device, optimizers, peers, options, repetitions, step
     dict: configuration, timed_steps and untimed_steps of a repetition, "optimizers": {name: each of
     MEASURED as {median, low, high} over the repetitions, and the bytes}, "left_out": {name: why}.
     """
-    configuration = configuration.replace(warmup_steps=0)
-    images = blank_images((1, 28, 28) if configuration.model == "mlp" else (3, 32, 32))
+    configuration = configuration.replace(warmup=0)
+    images = blank_images(NETWORKS[configuration.model].image)
     interval = configuration.interval
     timed = interval * math.ceil(steps / interval)
     x, y = random_batch(configuration, images, device)
     rounds, left_out = [], {}
     for _ in range(repetitions):
         wanted = {name: make for name, make in peers.items() if name not in left_out}
-        running, failed = contestants_of(configuration, images, device, optimizers, wanted, options)
+        running, failed = contestants(configuration, images, device, optimizers, wanted, cost)
         costs = time_steps(running, x, y, timed, UNTIMED, failed)
         for name in wanted.keys() & costs.keys():
             if not all(p.isfinite().all() for p in running[name].model.parameters()):
@@ -153,7 +137,7 @@ def reason(error):
 def steps_table(measured):
     """The result of `measure` as text."""
 
-    def told(cost, key, digits):
+    def with_range(cost, key, digits):
         low, high = cost[key]["low"], cost[key]["high"]
         return f"{cost[key]['median']:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
@@ -161,9 +145,9 @@ def steps_table(measured):
         [
             name,
             f"{1e3 * cost['mean']['median']:.2f}",
-            told(cost, "mean_ratio", 2),
+            with_range(cost, "mean_ratio", 2),
             f"{cost['median_ratio']['median']:.2f}",
-            told(cost, "worst_ratio", 1),
+            with_range(cost, "worst_ratio", 1),
             f"{cost['state_bytes'] / cost['parameter_bytes']:.1f}",
             "" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 2**20:.0f}",
         ]
@@ -229,18 +213,18 @@ def steps_figure(measured):
 
 
 def main(
-    models: tuple[Literal["mlp", "resnet20", "vgg16"], ...] = ("mlp", "resnet20"),
+    models: tuple[Literal[tuple(TINY)], ...] = ("mlp", "resnet20"),
     intervals: tuple[int, ...] = (10, 50),
     optimizers: tuple[Literal[OPTIMIZERS], ...] = OPTIMIZERS,
     peers: bool = True,
-    options: str = "{}",
+    cost: Cost = EXACT,
     repetitions: int = 3,
     steps: int = 30,
     batch_size: int = 128,
     device: Literal["cpu", "cuda"] = "cpu",
     threads: int | None = None,
-    record: Path = HERE / "records" / "speed.json",
-    figures: Path = HERE / "figures",
+    record: Path = RECORDS / "speed.json",
+    figures: Path = FIGURES,
     smoke: bool = False,
 ):
     """Measure, and write record and figure.
@@ -250,7 +234,7 @@ def main(
         intervals: steps between refreshes.
         optimizers: beside the peers; SGD is measured in any case.
         peers: whether those of peers.txt run too.
-        options: of the constructors of ours, as JSON, e.g. '{"stagger": true}'.
+        cost: of ours, which run with it, too, if it is given.
         repetitions: every one builds everything anew.
         steps: at least so many are timed per repetition, in whole intervals.
         batch_size: examples in a step.
@@ -260,20 +244,14 @@ def main(
         figures: the folder for the figure.
         smoke: everything tiny, to try the program out.
     """
-    chosen = json.loads(options)
-    if not isinstance(chosen, dict):
-        sys.exit(f"--options must be a JSON object, like '{{\"stagger\": true}}'; got {options}")
     if threads is not None:
         torch.set_num_threads(threads)
     device = torch.device(device)
     if smoke:
         intervals, repetitions, steps = (2,), min(repetitions, 2), 2
     content = {
-        "format": FORMAT,
-        **circumstances(device),
-        "command": shlex.join(["python", "benchmarks/speed.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "options": chosen,
+        **header(device),
+        "options": {n: v for n, v in vars(cost).items() if v != vars(EXACT)[n]},
         "smoke": smoke,
     }
     content |= {"repetitions": repetitions, "steps": [], "left_out": [], "peers": {}}
@@ -283,7 +261,7 @@ def main(
         sizes = {"batch_size": 8} | TINY[model] if smoke else {"batch_size": batch_size}
         for interval in intervals:
             configuration = Configuration(model=model, interval=interval, **sizes)
-            one = measure(configuration, device, optimizers, run, chosen, repetitions, steps)
+            one = measure(configuration, device, optimizers, run, cost, repetitions, steps)
             for name, why in one.pop("left_out").items():
                 where = {"model": model, "interval": interval, "reason": why}
                 content["left_out"].append({"name": name, **where})

@@ -1,109 +1,112 @@
 """Where the time of a step goes: seconds by phase, on one network, for the four methods.
 
-    python benchmarks/step_profile.py                                  (minutes on one core)
-    python benchmarks/step_profile.py --device cuda --model vgg16 --interval 50
+    python -m benchmarks.step_profile                                  (minutes on one core)
+    python -m benchmarks.step_profile --device cuda --model vgg16 --interval 50
 
-The clock stops at every change of phase and, on a GPU, waits for the device there; such a step is
-slower than one that nobody watches, so read the shares, and take totals from `tekfac-edu bench`.
+torch's profiler is on: such a step is slower than one that nobody watches, so read the shares, and
+take totals from `tekfac-edu bench`. The optimizer names its phases itself, as ranges of the
+profiler; their time is the processor's, or on a GPU that of the kernels begun in them, so that what
+is left for "other" is mostly the GPU's waiting for work.
 The record is records/step_profile.json: device, versions, command, date, seconds per step.
 """
 
-import datetime
-import sys
 import time
-from contextlib import ExitStack, contextmanager
+from bisect import bisect
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
-from unittest import mock
 
 import torch
 import tyro
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from tekfac_edu.experiments.configuration import KRONECKER, Configuration
-from tekfac_edu.experiments.records import FORMAT, circumstances, write_json
+from benchmarks import RECORDS
+from tekfac_edu.arguments import one_of
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.methods import KRONECKER
+from tekfac_edu.experiments.networks import NETWORKS
+from tekfac_edu.experiments.records import header, write_json
 from tekfac_edu.experiments.step_cost import blank_images, contestant, random_batch
-from tekfac_edu.optim import batch, capture, curvature
 
-RECORD = Path(__file__).parent / "records" / "step_profile.json"
-PHASES = {
-    "forward": "the network's forward pass",
-    "backward": "and its backward pass",
-    "capture": "hooks: inputs and output gradients are kept",
-    "patches": "patches of the inputs, gradients brought into the same order",
-    "factors": "second moments of both, running averages apart",
-    "eigh": "eigenbases of the two factors",
-    "move": "D carried into the new basis",
-    "measure": "D of the batch, from per-example gradients in the basis (EKFAC, TEKFAC)",
-    "update": "preconditioning, momentum, the step",
-    "other": "sums, averages, checks of finiteness, zero_grad",
+RECORD = RECORDS / "step_profile.json"
+OURS = "tekfac_edu: "  # what the optimizer's ranges begin with
+PHASES = {  # phase: its range; the phases of older records: tekfac_edu/experiments/migration.py
+    "forward": "forward",
+    "backward": "backward",
+    "zero_grad": "zero_grad",
+    "factors": OURS + "statistics of factors",
+    "eigenbases": OURS + "eigenbases",
+    "eigenvalues": OURS + "statistics of eigenvalues",
+    "precondition": OURS + "precondition",
+    "update": OURS + "update",
 }
 
 
-class Clock:
-    """Charges the time since the last change of phase to the innermost phase."""
+def profiled(step, x, y, steps):
+    """Seconds of a step in each of PHASES, and in nothing of them ("other").
 
-    def __init__(self, device):
-        self.device = torch.device(device)
-        self.seconds = dict.fromkeys(PHASES, 0.0)
-        self.inside = ["other"]
-        self.mark = self._now()
+    Parameters
+    ----------
+    step : TrainingStep.   x, y : its batch, on the device of its model.
+    steps : how many are watched; the result is their mean.
 
-    def _now(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    Returns
+    -------
+    dict, phase -> seconds
+    """
+    on_gpu = x.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    if on_gpu:
+        torch.cuda.synchronize(x.device)
+    with profile(activities=activities) as watched:
+        start = time.perf_counter()
+        for _ in range(steps):
+            with record_function("zero_grad"):
+                step.optimizer.zero_grad()
+            with record_function("forward"):
+                loss = step.forward(x, y)
+            with record_function("backward"):
+                step.backward(loss)
+            step.optimizer.step()
+        if on_gpu:
+            torch.cuda.synchronize(x.device)
+        total = time.perf_counter() - start
+    seconds = by_phase(watched.events(), on_gpu)
+    seconds["other"] = total - sum(seconds.values())
+    return {phase: value / steps for phase, value in seconds.items()}
 
-    def charge(self):
-        """To the phase that is on."""
-        now = self._now()
-        self.seconds[self.inside[-1]] += now - self.mark
-        self.mark = now
 
-    @contextmanager
-    def phase(self, name):
-        """While the block lasts."""
-        self.charge()
-        self.inside.append(name)
-        try:
-            yield
-        finally:
-            self.charge()
-            self.inside.pop()
-
-    def timed(self, function, name):
-        """The same function, as this phase."""
-
-        def wrapper(*args, **kwargs):
-            with self.phase(name):
-                return function(*args, **kwargs)
-
-        return wrapper
-
-    @contextmanager
-    def watching(self, step):
-        """Time the parts of this training step while the block lasts."""
-        optimizer = step.optimizer
-        parts = (
-            (step, "forward", "forward"),
-            (step, "backward", "backward"),
-            (capture.ForwardHook, "__call__", "capture"),
-            (capture.Capture, "receive", "capture"),
-            (batch.Examples, "pair", "patches"),
-            (optimizer, "estimate_factors", "factors"),
-            (curvature.LayerCurvature, "decompose", "eigh"),
-            (curvature.LayerCurvature, "turn_to", "move"),
-            (batch.Examples, "corrected_eigenvalues", "measure"),
-            (optimizer, "_update", "update"),
-        )
-        with ExitStack() as stack:
-            for owner, name, phase in parts:
-                wrapped = self.timed(getattr(owner, name), phase)
-                stack.enter_context(mock.patch.object(owner, name, wrapped))
-            yield
+def by_phase(events, on_gpu):
+    """{phase: seconds} of a profile; a range inside another counts for itself alone."""
+    phases = {name: phase for phase, name in PHASES.items()}
+    events = [event for event in events if event.device_type == torch.autograd.DeviceType.CPU]
+    turns = []  # (moment, 0 for an end and 1 for a beginning, the longest first, phase)
+    for event in events:
+        start, end = event.time_range.start, event.time_range.end
+        if event.name in phases and start < end:
+            turns += [(start, 1, -end, phases[event.name]), (end, 0, 0, "")]
+    moments, innermost, inside = [], [], ["other"]
+    for moment, begins, _, phase in sorted(turns):
+        if begins:
+            inside.append(phase)
+        else:
+            inside.pop()
+        moments.append(moment)
+        innermost.append(inside[-1])
+    microseconds = dict.fromkeys([*PHASES, "other"], 0.0)
+    if on_gpu:
+        for event in events:
+            place = bisect(moments, event.time_range.start)
+            phase = innermost[place - 1] if place else "other"
+            microseconds[phase] += sum(kernel.duration for kernel in event.kernels)
+    else:
+        for phase, (moment, following) in zip(innermost, pairwise(moments), strict=False):
+            microseconds[phase] += following - moment
+    return {phase: microseconds[phase] / 1e6 for phase in PHASES}
 
 
 def profile_step(configuration, device, intervals=1):
-    """Mean seconds of a step in each of PHASES, over whole intervals, after one untimed refresh.
+    """Mean seconds of a step in each of PHASES, over whole intervals, after one that is not.
 
     Parameters
     ----------
@@ -116,29 +119,18 @@ def profile_step(configuration, device, intervals=1):
     -------
     dict, phase -> seconds
     """
-    if configuration.optimizer not in KRONECKER:
-        raise ValueError(
-            f"optimizer must be one of {', '.join(KRONECKER)}; got {configuration.optimizer!r}"
-        )
-    configuration = configuration.replace(warmup_steps=0)
-    dense = configuration.model in ("mlp", "autoencoder")
-    images = blank_images((1, 28, 28) if dense else (3, 32, 32))
+    one_of("optimizer", configuration.optimizer, KRONECKER)
+    configuration = configuration.replace(warmup=0)
+    images = blank_images(NETWORKS[configuration.model].image)
     step = contestant(configuration, images, device)
     x, y = random_batch(configuration, images, torch.device(device))
     for _ in range(configuration.interval):  # a whole one, so that the next begins with a refresh
         step(x, y)
-    clock = Clock(device)
-    steps = intervals * configuration.interval
-    with clock.watching(step):
-        clock.mark = clock._now()
-        for _ in range(steps):
-            step(x, y)
-        clock.charge()
-    return {phase: seconds / steps for phase, seconds in clock.seconds.items()}
+    return profiled(step, x, y, intervals * configuration.interval)
 
 
 def main(
-    model: Literal["mlp", "resnet20", "vgg16"] = "resnet20",
+    model: Literal[tuple(NETWORKS)] = "resnet20",
     device: Literal["cpu", "cuda"] = "cpu",
     interval: int = 10,
     intervals: int = 1,
@@ -149,7 +141,7 @@ def main(
     """Profile the four methods.
 
     Args:
-        model: on 32×32 in colour; mlp on 28×28 digits.
+        model: convolutional ones on 32×32 in colour, dense ones on 28×28 pixels.
         device: cpu or cuda.
         interval: steps between refreshes.
         intervals: how many are timed, after one that is not.
@@ -158,7 +150,7 @@ def main(
         record: where the record goes.
     """
     configuration = Configuration(
-        model=model, interval=interval, batch_size=batch_size, width=width
+        model=model, interval=interval, batch_size=batch_size, width=width, warmup=0
     )
     profiles = {}
     for name in KRONECKER:
@@ -167,11 +159,8 @@ def main(
         shares = ", ".join(f"{p} {s / total:.0%}" for p, s in profiles[name].items())
         print(f"{name:6} {1e3 * total:8.1f} ms a step: {shares}", flush=True)
     content = {
-        "format": FORMAT,
-        **circumstances(device),
-        "command": " ".join(["python", "benchmarks/step_profile.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "configuration": configuration.replace(warmup_steps=0).as_dict(),
+        **header(device),
+        "configuration": configuration.as_dict(),
         "intervals": intervals,
         "seconds_per_step": profiles,
     }

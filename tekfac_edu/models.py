@@ -91,7 +91,8 @@ def vgg16(classes=10, channels=3, width=64):
     With width 64 and 3 channels it has 14,724,042 parameters for 10 classes.
     """
     _check_sizes(classes, channels, width)
-    layers, c_in = [Only32x32()], channels
+    layers: list[nn.Module] = [Only32x32()]
+    c_in = channels
     for times in VGG16:
         if times == "pool":
             layers.append(nn.MaxPool2d(2))

@@ -13,21 +13,28 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set is on the hub, and which of its columns are wanted."""
+    """Where a data set is on the hub, which of its columns are wanted, and what its images are.
+
+    side : of the square images, in pixels.   mirror : whether an image in a mirror is one, too.
+    """
 
     repository: str
     configuration: str
     image: str
     label: str
     channels: int
+    side: int
+    mirror: bool
 
 
 HUB = {
-    "mnist": Source("ylecun/mnist", "mnist", "image", "label", 1),
-    "fashion-mnist": Source("zalando-datasets/fashion_mnist", "fashion_mnist", "image", "label", 1),
-    "cifar10": Source("uoft-cs/cifar10", "plain_text", "img", "label", 3),
-    "cifar100": Source("uoft-cs/cifar100", "cifar100", "img", "fine_label", 3),
-    "svhn": Source("ufldl-stanford/svhn", "cropped_digits", "image", "label", 3),
+    "mnist": Source("ylecun/mnist", "mnist", "image", "label", 1, 28, False),
+    "fashion-mnist": Source(
+        "zalando-datasets/fashion_mnist", "fashion_mnist", "image", "label", 1, 28, True
+    ),
+    "cifar10": Source("uoft-cs/cifar10", "plain_text", "img", "label", 3, 32, True),
+    "cifar100": Source("uoft-cs/cifar100", "cifar100", "img", "fine_label", 3, 32, True),
+    "svhn": Source("ufldl-stanford/svhn", "cropped_digits", "image", "label", 3, 32, False),
 }
 PARTS = ("train", "test")
 

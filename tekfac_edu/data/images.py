@@ -8,17 +8,29 @@ from Tiny Images, 2009 (CIFAR); H. Xiao, K. Rasul, R. Vollgraf, arXiv 1708.07747
 Y. Netzer et al., Reading Digits in Natural Images, 2011 (SVHN, cropped digits).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 
 from tekfac_edu.arguments import one_of, real_number, whole_number
-from tekfac_edu.data.embedded import digits, mnist_5k
-from tekfac_edu.data.hub import HUB, read_splits
+from tekfac_edu.data.embedded import Digits, digits, mnist_5k
+from tekfac_edu.data.hub import HUB, Source, read_splits
 
-EMBEDDED = {"digits": (digits, 8, 16), "mnist-5k": (mnist_5k, 28, 255)}
-DATASETS = (*EMBEDDED, *HUB)
+
+@dataclass(frozen=True)
+class Embedded:
+    """Digits that another package has; side, white and mirror as in `Images` and `Source`."""
+
+    load: Callable[[], Digits]
+    side: int
+    white: int
+    mirror: bool = False
+
+
+EMBEDDED = {"digits": Embedded(digits, 8, 16), "mnist-5k": Embedded(mnist_5k, 28, 255)}
+DATASETS: dict[str, Embedded | Source] = {**EMBEDDED, **HUB}
 
 
 @dataclass(frozen=True)
@@ -133,9 +145,9 @@ def load_images(name, folder=None, device="cpu"):
 
 
 def _embedded(name):
-    load, side, white = EMBEDDED[name]
-    data = load()
-    shape = (-1, 1, side, side)
+    source = EMBEDDED[name]
+    data, white = source.load(), source.white
+    shape = (-1, 1, source.side, source.side)
     x_train, x_test = (
         torch.from_numpy((white * x).round()).to(torch.uint8).reshape(shape)
         for x in (data.x_train, data.x_test)

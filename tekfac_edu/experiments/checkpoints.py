@@ -1,10 +1,8 @@
 """Checkpoints that survive a kill at any moment: whole files only, the last two, checked when read.
 
-A checkpoint is written beside its place under another name, flushed to the disk, and renamed, which
-either happens or does not. The one before it stays until then, and is used if the last is damaged.
+The one before a checkpoint stays until it is whole (files.py), and is used if the last is damaged.
 """
 
-import os
 import shutil
 import warnings
 import zipfile
@@ -12,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from tekfac_edu.experiments.files import whole_file
+
 PATTERN = "checkpoint-*.pt"
-UNFINISHED = ".unfinished"
 
 
 def save_checkpoint(folder, step, state):
@@ -26,16 +25,10 @@ def save_checkpoint(folder, step, state):
     """
     folder = Path(folder)
     final = folder / f"checkpoint-{step:08d}.pt"
-    partial = folder / (final.name + UNFINISHED)
     try:
-        with partial.open("wb") as file:
+        with whole_file(final, "wb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(final)
-        _sync(folder)
     except (OSError, RuntimeError) as error:  # torch's zip writer has its own error for a full disk
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"the checkpoint after step {step} could not be written to {folder} ({error}); "
             "earlier ones are untouched: make room, and give the same command to continue"
@@ -118,15 +111,6 @@ def expected_bytes(model, optimizer):
     tensors = [*model.parameters(), *model.buffers()]
     total = 3 * sum(t.numel() * t.element_size() for t in tensors)
     for layer in getattr(optimizer, "layers", ()):
-        total += 4 * (2 * layer.d_in**2 + 2 * layer.d_out**2 + 2 * layer.d_in * layer.d_out)
+        block = 4 * (2 * layer.d_in**2 + 2 * layer.d_out**2 + 2 * layer.d_in * layer.d_out)
+        total += block * (layer.blocks or 1)
     return total + 2**20
-
-
-def _sync(folder):
-    """Make the renaming itself last, where the system can open folders."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -3,20 +3,28 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from tekfac_edu.experiments.configuration import Configuration, Model, Optimizer
+from tekfac_edu.experiments.methods import OPTIMIZERS
+from tekfac_edu.experiments.networks import NETWORKS
 from tekfac_edu.experiments.presets import PRESETS
+from tekfac_edu.experiments.processes import is_first, processes
+from tekfac_edu.experiments.records import read_races, write_json, write_race
+from tekfac_edu.experiments.reporting import targets_of, write_report
+from tekfac_edu.experiments.step_cost import blank_images, measure_steps, steps_table
 
 try:
     import tyro
-except ImportError:
-    sys.exit(
-        "tekfac-edu needs the packages of its experiments: pip install tekfac-edu[experiments]"
-    )
 
-Race = Annotated[Literal[tuple(PRESETS)], tyro.conf.Positional]
-Optimizers = tuple[Literal[OPTIMIZERS], ...]
+    from tekfac_edu.experiments import racing, training, tuning
+except ImportError as missing:
+    sys.exit(f"tekfac-edu needs {missing.name}: pip install tekfac-edu[experiments]")
+
+if TYPE_CHECKING:
+    Race: TypeAlias = str
+else:
+    Race = Annotated[Literal[tuple(PRESETS)], tyro.conf.Positional]
 
 
 def train(
@@ -35,12 +43,9 @@ def train(
         device: default: a GPU if there is one.
         tensorboard: write scalars for TensorBoard into the folder.
     """
-    from tekfac_edu.experiments.processes import is_first
-    from tekfac_edu.experiments.training import train
-
     c = configuration
     folder = folder or Path("runs") / f"{c.model}-{c.dataset}" / c.name
-    record = train(c, folder, _path(data_folder), device, tensorboard)
+    record = training.train(c, folder, _path(data_folder), device, tensorboard)
     if is_first() and record["epochs"]:
         last = record["epochs"][-1]
         print(
@@ -53,7 +58,7 @@ def tune(
     preset: Race,
     folder: Path | None = None,
     data_folder: Path | None = None,
-    optimizers: Optimizers = OPTIMIZERS,
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS,
     trials: int = 12,
     device: Literal["cpu", "cuda"] | None = None,
     at_once: int = 1,
@@ -69,17 +74,16 @@ def tune(
         device: default: a GPU if there is one.
         at_once: runs side by side on one device; pays on a GPU that one run does not fill.
     """
-    from tekfac_edu.experiments.tuning import tune
-
-    how = {"data_folder": _path(data_folder), "device": device}
-    tune(PRESETS[preset], _folder(folder, preset), optimizers, trials, _say, at_once, **how)
+    options = {"data_folder": _path(data_folder), "device": device}
+    folder = _folder(folder, preset)
+    tuning.tune(PRESETS[preset], folder, optimizers, trials, _say, at_once, **options)
 
 
 def compare(
     preset: Race,
     folder: Path | None = None,
     data_folder: Path | None = None,
-    optimizers: Optimizers = OPTIMIZERS,
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS,
     seeds: tuple[int, ...] = (0, 1, 2),
     device: Literal["cpu", "cuda"] | None = None,
     at_once: int = 1,
@@ -95,12 +99,10 @@ def compare(
         device: default: a GPU if there is one.
         at_once: runs side by side on one device; pays on a GPU that one run does not fill.
     """
-    from tekfac_edu.experiments.racing import race
-
     folder = _folder(folder, preset)
-    how = {"data_folder": _path(data_folder), "device": device}
+    options = {"data_folder": _path(data_folder), "device": device}
     _say(f"{preset}: {PRESETS[preset].about}")
-    race(PRESETS[preset], folder, optimizers, seeds, at_once, _say, **how)
+    racing.race(PRESETS[preset], folder, optimizers, seeds, at_once, _say, **options)
     targets = " ".join(f"{target:g}" for target in PRESETS[preset].targets)
     _say("all runs are finished; their tables and figures:")
     _say(f"tekfac-edu report {folder} --targets {targets}")
@@ -122,9 +124,6 @@ def report(
         clock: which seconds; cpu_seconds on a machine that others use, too.
         save: also write all records into this one file, small enough to share.
     """
-    from tekfac_edu.experiments.records import read_races, write_race
-    from tekfac_edu.experiments.reporting import targets_of, write_report
-
     runs, trials = read_races(records)
     if not runs:
         raise ValueError(f"no finished runs in {', '.join(map(str, records))}")
@@ -136,8 +135,8 @@ def report(
 
 
 def bench(
-    model: Literal["mlp", "autoencoder", "resnet20", "vgg16"] = "resnet20",
-    optimizers: Optimizers = OPTIMIZERS,
+    model: Model = "resnet20",
+    optimizers: tuple[Optimizer, ...] = OPTIMIZERS,
     interval: int = 10,
     intervals: int = 3,
     batch_size: int = 128,
@@ -148,20 +147,16 @@ def bench(
     """Step time and memory of every optimizer, side by side, as ratios to SGD.
 
     Args:
-        model: mlp and autoencoder on 28×28 digits, resnet20 and vgg16 on 32×32 in colour.
+        model: dense ones on 28×28 pixels, convolutional ones on 32×32 in colour.
         optimizers: which of the six.
         interval: steps between refreshes.
         intervals: how many whole intervals are timed, after one that is not.
         batch_size: examples in a step.
-        width: channels of the first stage of resnet20 and vgg16.
+        width: channels of the first stage, of convolutional ones.
         device: default: a GPU if there is one.
         into: also write the measurements into this JSON file.
     """
-    from tekfac_edu.experiments.processes import processes
-    from tekfac_edu.experiments.records import write_json
-    from tekfac_edu.experiments.step_cost import blank_images, measure_steps, steps_table
-
-    images = blank_images((1, 28, 28) if model in ("mlp", "autoencoder") else (3, 32, 32))
+    images = blank_images(NETWORKS[model].image)
     configuration = Configuration(
         model=model, interval=interval, batch_size=batch_size, width=width
     )
@@ -175,8 +170,6 @@ def bench(
 
 def main():
     """What the command tekfac-edu calls."""
-    from tekfac_edu.experiments.training import Interrupted
-
     commands = {"train": train, "tune": tune, "compare": compare, "report": report}
     commands |= {"bench": bench}
     try:
@@ -184,7 +177,7 @@ def main():
             tyro.extras.subcommand_cli_from_dict(commands, prog="tekfac-edu", description=__doc__)
         finally:
             sys.stdout.flush()
-    except Interrupted as stopped:
+    except training.Interrupted as stopped:
         sys.exit(f"tekfac-edu: {stopped}")
     except KeyboardInterrupt:
         print(
@@ -208,8 +201,6 @@ def _path(folder):
 
 
 def _say(text):
-    from tekfac_edu.experiments.processes import is_first
-
     if is_first():
         print(text, flush=True)
 

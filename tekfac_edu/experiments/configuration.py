@@ -1,118 +1,115 @@
 """Everything that decides the numbers of one run, typed; the command line is generated from it."""
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin
 
 from tekfac_edu.arguments import one_of, real_number, whole_number
+from tekfac_edu.data.images import DATASETS
+from tekfac_edu.experiments.methods import KRONECKER, OPTIMIZERS
+from tekfac_edu.experiments.migration import migrated_settings
+from tekfac_edu.experiments.networks import NETWORKS, networks_with
+from tekfac_edu.optim.settings import EXACT, Cost
 
-MODELS = ("mlp", "autoencoder", "resnet20", "vgg16")
-OPTIMIZERS = ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
-KRONECKER = OPTIMIZERS[2:]
-DIGITS = ("digits", "mnist-5k", "mnist", "svhn")  # never mirrored
-SIDES = {"digits": 8, "mnist-5k": 28, "mnist": 28, "fashion-mnist": 28}  # the others: 32
+if TYPE_CHECKING:  # tyro reads the names from the tables, which a type checker cannot
+    Model: TypeAlias = str
+    DataSet: TypeAlias = str
+    Optimizer: TypeAlias = str
+else:
+    Model, DataSet = Literal[tuple(NETWORKS)], Literal[tuple(DATASETS)]
+    Optimizer = Literal[OPTIMIZERS]
+
+__all__ = ["KRONECKER", "OPTIMIZERS", "Configuration", "Cost"]
+
+
+def _real(default, **bounds) -> Any:
+    return field(default=default, metadata={"check": partial(real_number, **bounds)})
+
+
+def _whole(default, at_least) -> Any:
+    return field(default=default, metadata={"check": partial(whole_number, at_least=at_least)})
 
 
 @dataclass(frozen=True)
 class Configuration:
     """One run: what is trained, on what, by which optimizer, for how long."""
 
-    model: Literal["mlp", "autoencoder", "resnet20", "vgg16"] = "resnet20"
-    dataset: Literal[
-        "digits", "mnist-5k", "mnist", "fashion-mnist", "cifar10", "cifar100", "svhn"
-    ] = "cifar10"
+    model: Model = "resnet20"
+    dataset: DataSet = "cifar10"
     """digits, mnist-5k: embedded in packages; the others: downloaded, or see --data-folder."""
-    optimizer: Literal["sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac"] = "tekfac"
-    lr: float = 0.1
-    """Learning rate. The Kronecker optimizers multiply their direction by the damping, so that it
-    means for all of them what it means for SGD."""
-    damping: float = 1e-2
+    optimizer: Optimizer = "tekfac"
+    lr: float = _real(0.1, above=0)
+    """Learning rate: for the Kronecker optimizers that of flat directions, so that it means for all
+    of them what it means for SGD."""
+    damping: float = _real(1e-2, above=0)
     """λ, added to the curvature; not used by sgd and adam."""
-    weight_decay: float = 0.0
+    damping_rule: Literal["paper", "added", "by-trace"] = "paper"
+    """paper: each method's own; added: D + λ for all; by-trace: TEKFAC's own for convolutions."""
+    weight_decay: float = _real(0.0, at_least=0)
     """Decoupled, for every optimizer: θ ← θ − lr · weight_decay · θ."""
-    momentum: float = 0.9
-    """For adam: its β1."""
-    epochs: int = 100
-    batch_size: int = 128
+    momentum: float = _real(0.9, at_least=0, below=1)
+    """Weight of the last step in the next; for adam its β1."""
+    epochs: int = _whole(100, 1)
+    """Passes over the training images."""
+    batch_size: int = _whole(128, 1)
     """Over all processes."""
     schedule: Literal["constant", "cosine", "step"] = "cosine"
     """cosine: down to 0; step: a tenth at a half and again at three quarters of the epochs."""
     augment: bool = False
     """Random crops (margin 4) and, except of digits, flips."""
-    width: int | None = None
-    """Channels of the first stage; None: 16 for resnet20, 64 for vgg16."""
+    width: int | None = _whole(None, 1)
+    """Channels of the first stage, for convolutional networks; None: as published."""
     widths: tuple[int, ...] | None = None
-    """mlp and autoencoder: the layers' widths between the pixels and the classes, or the code."""
-    interval: int = 10
+    """Of the layers between the pixels and the classes, or the code, for dense networks."""
+    interval: int = _whole(10, 1)
     """Steps between refreshes of factors, eigenbases and eigenvalues alike."""
-    warmup_steps: int = 20
+    warmup: int = _whole(20, 0)
     """So many steps at the beginning refresh everything."""
-    factor_decay: float = 0.95
-    scale_decay: float = 0.95
-    damping_rule: Literal["paper", "added"] = "paper"
-    damping_policy: Literal["constant", "trace"] = "constant"
+    decay: float = _real(0.95, at_least=0, at_most=1)
+    """Weight of the old value in the averages of factors and eigenvalues."""
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
-    eigenbasis: Literal["eigh", "qr"] = "eigh"
-    input_rank: int | None = None
-    """Eigenvectors kept on the side of a layer's inputs; None: all."""
-    factor_rows: float | None = None
-    """Factors from about so many examples times positions per input of a layer; None: from all."""
-    scale_examples: int | None = None
-    """Eigenvalues of ekfac and tekfac from so many examples of a batch; None: from all."""
-    stagger: bool = False
-    """Layers take turns over the interval, so that no step is slow."""
-    precision: Literal["full", "bfloat16"] = "full"
-    """Of the products that precondition a gradient."""
+    """Whose labels the curvature sees: the data's; the model's own, sampled, or in expectation."""
+    cost: Cost = EXACT
+    """What a refresh may cost: what is drawn, truncated, staggered and rounded."""
     held_out: bool = False
     """For tuning: a tenth of the training images takes the place of the test images."""
-    train_images: int | None = None
+    train_images: int | None = _whole(None, 1)
     """Train with so many images only."""
-    test_images: int | None = None
+    test_images: int | None = _whole(None, 1)
+    """Test with so many images only."""
     bf16: bool = False
     """Forward pass under autocast to bfloat16."""
-    seed: int = 0
+    seed: int = _whole(0, 0)
     """Of the initial weights, the order, the crops and flips."""
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            choices = getattr(field.type, "__args__", ())
-            if getattr(field.type, "__origin__", None) is Literal:
-                one_of(field.name, getattr(self, field.name), choices)
-        # NumPy's numbers become Python's: JSON and torch's safe loading know no others
-        checked = {
-            "lr": real_number("lr", self.lr, above=0),
-            "damping": real_number("damping", self.damping, above=0),
-            "weight_decay": real_number("weight_decay", self.weight_decay, at_least=0),
-            "momentum": real_number("momentum", self.momentum, at_least=0, below=1),
-        }
-        for name in ("factor_decay", "scale_decay"):
-            checked[name] = real_number(name, getattr(self, name), at_least=0, at_most=1)
-        for name in ("epochs", "batch_size", "interval"):
-            checked[name] = whole_number(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            checked[name] = whole_number(name, getattr(self, name), 0)
-        if self.factor_rows is not None:
-            checked["factor_rows"] = real_number("factor_rows", self.factor_rows, above=0)
-        for name in ("width", "input_rank", "scale_examples", "train_images", "test_images"):
-            if getattr(self, name) is not None:
-                checked[name] = whole_number(name, getattr(self, name), 1)
+        for setting in dataclasses.fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if get_origin(setting.type) is Literal:
+                one_of(name, value, get_args(setting.type))
+            elif "check" in setting.metadata and not (value is None and setting.default is None):
+                # NumPy's numbers become Python's: JSON and torch's safe loading know no others
+                object.__setattr__(self, name, setting.metadata["check"](name, value))
         if self.widths is not None:
-            checked["widths"] = tuple(whole_number("widths", width, 1) for width in self.widths)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-        dense = self.model in ("mlp", "autoencoder")
-        if dense and self.width is not None:
-            raise ValueError(f"width is for resnet20 and vgg16; for {self.model} give widths")
-        if not dense and self.widths is not None:
-            raise ValueError(f"widths is for mlp and autoencoder; for {self.model} give width")
-        if self.model == "vgg16" and self.dataset in SIDES:
+            widths = tuple(whole_number("widths", width, 1) for width in self.widths)
+            object.__setattr__(self, "widths", widths)
+        if not isinstance(self.cost, Cost):
+            raise ValueError(f"cost must be a Cost; got {self.cost!r}")
+        network, side = NETWORKS[self.model], DATASETS[self.dataset].side
+        other = {"width": "widths", "widths": "width"}[network.sized_by]
+        if getattr(self, other) is not None:
             raise ValueError(
-                f"vgg16 halves its images five times and needs 32×32 pixels; {self.dataset} has "
-                f"{SIDES[self.dataset]}×{SIDES[self.dataset]}: use resnet20"
+                f"{other} is for {networks_with(other)}; for {self.model} give {network.sized_by}"
             )
-        if self.model == "autoencoder" and self.augment:
+        if network.side not in (None, side):
             raise ValueError(
-                "augment is for classification; the auto-encoder's target is its input"
+                f"{self.model} needs images of {network.side}×{network.side} pixels; "
+                f"{self.dataset} has {side}×{side}: use {networks_with(network.sized_by, side)}"
+            )
+        if self.augment and network.task.target == "image":
+            raise ValueError(
+                f"augment is for classification; the target of {self.model} is its input"
             )
 
     @property
@@ -132,10 +129,13 @@ class Configuration:
 
     @classmethod
     def from_dict(cls, settings):
-        """From a record; ValueError for a setting that is unknown."""
-        unknown = set(settings) - {field.name for field in dataclasses.fields(cls)}
+        """From a record of any format; ValueError for a setting that is unknown."""
+        settings = migrated_settings(settings)
+        cost = settings.get("cost", {})
+        unknown = {*settings} - {field.name for field in dataclasses.fields(cls)}
+        unknown |= {f"cost.{name}" for name in {*cost} - {f.name for f in dataclasses.fields(Cost)}}
         if unknown:
             raise ValueError(f"unknown settings in the configuration: {', '.join(sorted(unknown))}")
         if settings.get("widths") is not None:
-            settings = settings | {"widths": tuple(settings["widths"])}
-        return cls(**settings)
+            settings["widths"] = tuple(settings["widths"])
+        return cls(**settings | {"cost": Cost(**cost)})

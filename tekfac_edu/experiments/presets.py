@@ -7,7 +7,8 @@ A start is only where the tuning begins; settings found by it are in the folder 
 
 from dataclasses import dataclass
 
-from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS, Configuration
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.methods import KRONECKER, OPTIMIZERS
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Preset:
         where nothing was tuned.
     targets : training losses to which epochs and seconds are counted.
     tuning_epochs : of a trial; the schedule is as long.
-    weight_decays : whether weight decay is tuned, too (images with augmentation), or stays 0.
+    weight_decay : whether weight decay is tuned, too (images with augmentation), or stays 0.
     """
 
     about: str
@@ -53,16 +54,14 @@ PRESETS = {
     ),
     "mnist-5k-autoencoder": Preset(
         "the 8-layer auto-encoder on 4,000 MNIST digits",
-        Configuration(
-            "autoencoder", "mnist-5k", epochs=10, interval=20, warmup_steps=10, fisher="mc"
-        ),
+        Configuration("autoencoder", "mnist-5k", epochs=10, interval=20, warmup=10, fisher="mc"),
         _starts(0.003, 0.001, 0.01, 0.1),
         (200.0, 150.0, 130.0, 120.0),
         5,
     ),
     "cifar10-mini": Preset(
         "ResNet20 of half width on 5,000 CIFAR-10 images (give them as --data-folder)",
-        _images("resnet20", "cifar10", 8, width=8, interval=20, warmup_steps=10),
+        _images("resnet20", "cifar10", 8, width=8, interval=20, warmup=10),
         _starts(0.1, 0.01, 0.1, 1e-2),
         (1.8, 1.6, 1.5, 1.4),
         4,

@@ -4,8 +4,8 @@
 runs is one file with all their records, small enough to commit (`write_race`, `read_races`).
 """
 
+import datetime
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -17,18 +17,21 @@ import torch
 
 import tekfac_edu
 from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.files import whole_file
+from tekfac_edu.experiments.migration import migrated_record
 
-FORMAT = 1
+FORMAT = 2  # older ones are read through migration.py
 
 
-def circumstances(device):
-    """What a number needs to be believed: device, versions, commit, command."""
+def header(device):
+    """What a number needs to be believed: device, versions, commit, command, date."""
     device = torch.device(device)
     if device.type == "cuda":
         named = torch.cuda.get_device_name(device)
     else:
         named = f"{_processor()}, {torch.get_num_threads()} thread(s)"
     return {
+        "format": FORMAT,
         "device": named,
         "versions": {
             "tekfac_edu": tekfac_edu.__version__,
@@ -37,44 +40,46 @@ def circumstances(device):
             "python": platform.python_version(),
         },
         "commit": _commit(),
-        "command": shlex.join([_program(), *sys.argv[1:]]),
+        "command": shlex.join([*_program(), *sys.argv[1:]]),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
 def write_json(path, content):
     """Whole or not at all; OSError that names the file if it cannot be written."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".unfinished")
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with whole_file(Path(path)) as file:
             json.dump(content, file, ensure_ascii=False, allow_nan=False)
             file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"{path} could not be written ({error}): make room, and give the same command again"
         ) from error
 
 
 def read_record(path):
-    """A run's record, checked.
+    """A run's record, checked; an older one in today's words.
 
     Raises
     ------
     ValueError
-        If the file is no record of this format.
+        If the file is no record of a format that is known.
     """
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
-            raise ValueError(f"its format is {record['format']}; this version reads {FORMAT}")
-        Configuration.from_dict(record["configuration"])
+        if record["format"] not in range(1, FORMAT + 1):
+            raise ValueError(f"its format is {record['format']}; this version reads 1 to {FORMAT}")
+        return _checked(record)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the record of a run: {error!r}") from error
-    return record
+
+
+def _checked(record):
+    """With every setting that a run has now."""
+    record = migrated_record(record)
+    configuration = Configuration.from_dict(record["configuration"])
+    settings = json.loads(json.dumps(configuration.as_dict()))  # lists, as in a file
+    return record | {"format": FORMAT, "configuration": settings}
 
 
 def write_race(path, runs, trials=()):
@@ -103,7 +108,7 @@ def read_races(paths):
             continue
         content = json.loads(path.read_text(encoding="utf-8"))
         if "runs" in content:
-            runs += content["runs"] + content["trials"]
+            runs += map(_checked, content["runs"] + content["trials"])
         else:
             runs.append(read_record(path))
     trials = [run for run in runs if run["configuration"]["held_out"]]
@@ -119,9 +124,13 @@ def _processor():
 
 
 def _program():
-    """tekfac-edu, also where torchrun or python -m began it; else what the user's script is."""
-    ours = Path(sys.argv[0]).stem in ("tekfac-edu", "command_line")
-    return "tekfac-edu" if ours else sys.argv[0]
+    """As a user would begin it: tekfac-edu, the module of a package, or a script."""
+    path = Path(sys.argv[0])
+    if path.stem in ("tekfac-edu", "command_line"):  # torchrun or python -m may have begun it
+        return ["tekfac-edu"]
+    if (path.parent / "__init__.py").exists():
+        return ["python", "-m", f"{path.parent.name}.{path.stem}"]
+    return [sys.argv[0]]
 
 
 @lru_cache  # what is imported stays, whatever happens to the files

@@ -14,9 +14,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from tekfac_edu.arguments import one_of
-from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS
+from tekfac_edu.experiments.methods import KRONECKER, METHODS, OPTIMIZERS
 
-NAMES = {name: name.upper() for name in OPTIMIZERS} | {"adam": "Adam"}
+NAMES = {name: method.label for name, method in METHODS.items()}
 CLOCKS = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}
 MAY_DIFFER = {"optimizer", "lr", "damping", "weight_decay", "seed"}
 
@@ -45,12 +45,12 @@ def by_optimizer(runs):
             raise ValueError(f"these runs are not of one race ({listed}); report them one by one")
     grouped = {}
     for name in OPTIMIZERS:
-        mine = [run for run in runs if run["configuration"]["optimizer"] == name]
-        seeds = [run["configuration"]["seed"] for run in mine]
+        group = [run for run in runs if run["configuration"]["optimizer"] == name]
+        seeds = [run["configuration"]["seed"] for run in group]
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"{name} has several runs with the same seed: report one setting only")
-        if mine:
-            grouped[name] = sorted(mine, key=lambda run: run["configuration"]["seed"])
+        if group:
+            grouped[name] = sorted(group, key=lambda run: run["configuration"]["seed"])
     return grouped
 
 
@@ -69,19 +69,19 @@ def targets_table(runs, targets, unit="epochs"):
     """
     one_of("unit", unit, ("epochs", *CLOCKS))
     rows = []
-    for name, mine in by_optimizer(runs).items():
+    for name, group in by_optimizer(runs).items():
         row = [NAMES[name]]
         for target in targets:
-            arrived = [(run, reached(run, target)) for run in mine]
+            arrived = [(run, reached(run, target)) for run in group]
             took = [
                 epoch if unit == "epochs" else run["epochs"][epoch - 1][unit]
                 for run, epoch in arrived
                 if epoch
             ]
-            everyone = len(took) == len(mine)
+            everyone = len(took) == len(group)
             digits = 1 if unit == "epochs" else 0
-            some = f"{len(took)} of {len(mine)}" if took else "–"
-            row.append(spread(took, digits) if everyone else some)
+            partly = f"{len(took)} of {len(group)}" if took else "–"
+            row.append(spread(took, digits) if everyone else partly)
         rows.append(row)
     words = "epochs" if unit == "epochs" else CLOCKS[unit]
     return _table(rows, [f"{words} to", *(f"{target:g}" for target in targets)])
@@ -91,16 +91,16 @@ def final_table(runs, clock="seconds"):
     """Settings, and where each optimizer ended: mean ± s.d. over the seeds."""
     one_of("clock", clock, CLOCKS)
     rows = []
-    for name, mine in by_optimizer(runs).items():
-        c = mine[0]["configuration"]
-        ended = [run["epochs"][-1] for run in mine if run["status"] == "finished"]
+    for name, group in by_optimizer(runs).items():
+        c = group[0]["configuration"]
+        ended = [run["epochs"][-1] for run in group if run["status"] == "finished"]
         rows.append(
             [
                 NAMES[name],
                 f"{c['lr']:g}",
                 f"{c['damping']:g}" if name in KRONECKER else "",
                 *([f"{c['weight_decay']:g}"] if any_decay(runs) else []),
-                f"{len(ended)} of {len(mine)}",
+                f"{len(ended)} of {len(group)}",
                 *(
                     spread([end[what] for end in ended], digits) if ended else "–"
                     for what, digits in (("train_loss", 3), ("test_score", 3), (clock, 0))
@@ -123,18 +123,18 @@ def trials_table(trials):
     """The tuning: how many trials each optimizer had, how many diverged, and the best of them."""
     rows = []
     for name in OPTIMIZERS:
-        mine = [trial for trial in trials if trial["configuration"]["optimizer"] == name]
-        finite = [trial for trial in mine if trial["status"] == "finished"]
+        group = [trial for trial in trials if trial["configuration"]["optimizer"] == name]
+        finite = [trial for trial in group if trial["status"] == "finished"]
         if not finite:
             continue
         best = min(finite, key=lambda trial: trial["epochs"][-1]["test_loss"])
-        lrs = [trial["configuration"]["lr"] for trial in mine]
-        dampings = [trial["configuration"]["damping"] for trial in mine]
+        lrs = [trial["configuration"]["lr"] for trial in group]
+        dampings = [trial["configuration"]["damping"] for trial in group]
         rows.append(
             [
                 NAMES[name],
-                len(mine),
-                len(mine) - len(finite),
+                len(group),
+                len(group) - len(finite),
                 f"{min(lrs):g} … {max(lrs):g}",
                 f"{min(dampings):g} … {max(dampings):g}" if name in KRONECKER else "",
                 f"{best['configuration']['lr']:g}",
@@ -160,7 +160,7 @@ def stamp(runs):
     """Device, versions, date and seeds of a race, in one line for its tables and figures."""
     devices = sorted({run["device"] for run in runs})
     torches = sorted({run["versions"]["torch"] for run in runs})
-    dates = sorted({run["finished"] for run in runs})
+    dates = sorted({run["date"] for run in runs})
     seeds = sorted({run["configuration"]["seed"] for run in runs})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     return (
@@ -180,8 +180,8 @@ def loss_figure(runs, clock="seconds", height=3.1):
 
     one_of("clock", clock, CLOCKS)
     fig, (left, right) = subplots(1, 2, height=height, sharey=True)
-    for name, mine in by_optimizer(runs).items():
-        epochs, losses, times = _curves(mine, "train_loss", clock)
+    for name, group in by_optimizer(runs).items():
+        epochs, losses, times = _curves(group, "train_loss", clock)
         _draw(left, epochs, losses, name)
         _draw(right, [statistics.mean(time) for time in zip(*times, strict=True)], losses, name)
     left.set(yscale="log", xlabel="epoch", ylabel="training loss")
@@ -195,8 +195,9 @@ def score_figure(runs, height=2.9):
     from tekfac_edu.figures import end_labels, subplots
 
     fig, ax = subplots(height=height)
-    for name, mine in by_optimizer(runs).items():
-        _draw(ax, *_curves(mine, "test_score"), name)
+    for name, group in by_optimizer(runs).items():
+        epochs, scores = _curves(group, "test_score")
+        _draw(ax, epochs, scores, name)
     ax.set(xlabel="epoch", ylabel=f"test {runs[0]['score']}")
     end_labels(ax)
     return fig
@@ -242,14 +243,14 @@ def targets_of(runs, count=4):
     return tuple(dict.fromkeys(float(f"{target:.2g}") for target in between))
 
 
-def _curves(mine, *names):
+def _curves(group, *names):
     """Epochs, and per name one list of values a seed, up to the last epoch all have finite."""
     whole = 0
-    for epochs in zip(*(run["epochs"] for run in mine), strict=False):
+    for epochs in zip(*(run["epochs"] for run in group), strict=False):
         if any(epoch[name] is None for epoch in epochs for name in names):
             break
         whole += 1
-    values = [[[e[name] for e in run["epochs"][:whole]] for run in mine] for name in names]
+    values = [[[e[name] for e in run["epochs"][:whole]] for run in group] for name in names]
     return list(range(1, whole + 1)), *values
 
 

@@ -13,10 +13,10 @@ from tabulate import tabulate
 from tekfac_edu.arguments import whole_number
 from tekfac_edu.data.images import Images
 from tekfac_edu.experiments.building import build_model, build_optimizer
-from tekfac_edu.experiments.configuration import OPTIMIZERS
-from tekfac_edu.experiments.records import FORMAT, circumstances
+from tekfac_edu.experiments.methods import OPTIMIZERS
+from tekfac_edu.experiments.networks import NETWORKS
+from tekfac_edu.experiments.records import header
 from tekfac_edu.experiments.reporting import NAMES
-from tekfac_edu.experiments.tasks import task_of
 
 
 def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, intervals=3):
@@ -32,7 +32,7 @@ def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, interval
 
     Returns
     -------
-    dict: circumstances, configuration, and {optimizer: mean, median and worst step in seconds; the
+    dict: header, configuration, and {optimizer: mean, median and worst step in seconds; the
     very first, which is not among them; mean and worst relative to SGD's mean; state_bytes,
     parameter_bytes, peak_bytes (CUDA only: weights, gradients and state, and what a step allocates
     beside them)}.
@@ -40,15 +40,14 @@ def measure_steps(configuration, images, device, optimizers=OPTIMIZERS, interval
     whole_number("intervals", intervals, 1)
     device = torch.device(device)
     names = ["sgd", *(name for name in optimizers if name != "sgd")]
-    configuration = configuration.replace(warmup_steps=0)
+    configuration = configuration.replace(warmup=0)
     contestants = {
         name: contestant(configuration.replace(optimizer=name), images, device) for name in names
     }
     x, y = random_batch(configuration, images, device)
     interval = configuration.interval
     return {
-        "format": FORMAT,
-        **circumstances(device),
+        **header(device),
         "configuration": configuration.as_dict(),
         "intervals": intervals,
         "steps": time_steps(contestants, x, y, intervals * interval, interval),
@@ -172,7 +171,7 @@ def contestant(configuration, images, device):
     """The step that a configuration describes, with fresh weights."""
     model = build_model(configuration, images).to(device)
     optimizer = build_optimizer(configuration, model)
-    return TrainingStep(model, optimizer, task_of(configuration).loss)
+    return TrainingStep(model, optimizer, NETWORKS[configuration.model].task.loss)
 
 
 def random_batch(configuration, images, device):

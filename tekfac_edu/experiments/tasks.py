@@ -1,5 +1,7 @@
 """What is minimized, and what is reported: classification, and reconstruction."""
 
+from typing import ClassVar
+
 import torch
 from torch.nn import functional
 
@@ -9,8 +11,10 @@ EVALUATION_BATCH = 1000
 class Classification:
     """Cross-entropy of the classes; the score is the accuracy, 0 to 1."""
 
-    score, better = "accuracy", max
-    likelihood = "categorical"
+    score: ClassVar = "accuracy"
+    likelihood: ClassVar = "categorical"
+    target: ClassVar = "label"
+    unit: ClassVar = False  # pixels are normalized
 
     def loss(self, outputs, x, y):
         """Mean over examples."""
@@ -27,8 +31,10 @@ class Reconstruction:
     The score is the reconstruction error ‖x − x̂‖², summed over an image.
     """
 
-    score, better = "error", min
-    likelihood = "bernoulli"
+    score: ClassVar = "error"
+    likelihood: ClassVar = "bernoulli"
+    target: ClassVar = "image"
+    unit: ClassVar = True  # pixels are probabilities
 
     def loss(self, outputs, x, y):
         """Mean over examples."""
@@ -42,18 +48,16 @@ class Reconstruction:
         return (outputs.sigmoid() - x.flatten(1)).square().sum()
 
 
-def task_of(configuration):
-    """The task that belongs to a run's model."""
-    return Reconstruction() if configuration.model == "autoencoder" else Classification()
+Task = Classification | Reconstruction
 
 
 @torch.no_grad()
-def evaluate(task, model, images, unit):
+def evaluate(task, model, images):
     """Mean loss and score over the test images; the model is left in evaluation mode."""
     model.eval()
     total_loss = torch.zeros((), device=images.x_test.device)
     total_score = torch.zeros_like(total_loss)
-    scale = images.unit if unit else images.normalized
+    scale = images.unit if task.unit else images.normalized
     for x, y in zip(
         images.x_test.split(EVALUATION_BATCH), images.y_test.split(EVALUATION_BATCH), strict=True
     ):

@@ -7,7 +7,6 @@ never stopped: everything random about an epoch follows from the seed and the ep
 the rest is in the checkpoint.
 """
 
-import datetime
 import math
 import time
 from contextlib import nullcontext
@@ -19,11 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from tekfac_edu.data.batches import Batches
+from tekfac_edu.data.images import DATASETS
 from tekfac_edu.experiments.building import (
     build_images,
     build_model,
     build_optimizer,
-    learning_rate_factor,
+    build_schedule,
 )
 from tekfac_edu.experiments.checkpoints import (
     check_room,
@@ -32,11 +32,12 @@ from tekfac_edu.experiments.checkpoints import (
     remove_checkpoints,
     save_checkpoint,
 )
-from tekfac_edu.experiments.configuration import DIGITS, Configuration
+from tekfac_edu.experiments.configuration import Configuration
 from tekfac_edu.experiments.interruption import Interruption
+from tekfac_edu.experiments.networks import NETWORKS
 from tekfac_edu.experiments.processes import processes
-from tekfac_edu.experiments.records import FORMAT, circumstances, read_record, write_json
-from tekfac_edu.experiments.tasks import evaluate, task_of
+from tekfac_edu.experiments.records import FORMAT, header, read_record, write_json
+from tekfac_edu.experiments.tasks import evaluate
 
 CHECKPOINT_SECONDS = 60  # between checkpoints within an epoch
 CHEAP_SECONDS, CHEAP_SHARE = 1.0, 0.05  # one at an epoch's end if it takes so little, or so rarely
@@ -81,7 +82,7 @@ def train(configuration, folder, data_folder=None, device=None, tensorboard=Fals
 
     Returns
     -------
-    dict, the record: configuration, circumstances, and per epoch train_loss (mean over its batches
+    dict, the record: header, configuration, and per epoch train_loss (mean over its batches
     as they were trained on), test_loss, test_score (accuracy, or reconstruction error), lr,
     seconds and cpu_seconds since the beginning, in training alone.
 
@@ -96,7 +97,7 @@ def train(configuration, folder, data_folder=None, device=None, tensorboard=Fals
     finished = folder / "record.json"
     if finished.exists():
         record = read_record(finished)
-        _refuse_other(configuration.as_dict(), record["configuration"], folder)
+        _refuse_other(configuration, record["configuration"], folder)
         remove_checkpoints(folder)  # if it was killed just before
         return record
     with processes(device) as here:
@@ -123,8 +124,7 @@ class Run:
             raise ValueError(
                 'fisher "mc" on several processes cannot be continued exactly: use one'
             )
-        self.task = task_of(configuration)
-        self.unit = configuration.model == "autoencoder"
+        self.task = NETWORKS[configuration.model].task
         self.images = build_images(configuration, data_folder, str(here.device))
         self.batches = Batches(
             self.images,
@@ -133,14 +133,14 @@ class Run:
             configuration.seed,
             here.rank,
             here.ranks,
-            self.unit,
-            mirror=configuration.dataset not in DIGITS,
+            self.task.unit,
+            mirror=DATASETS[configuration.dataset].mirror,
         )
         self.model = build_model(configuration, self.images).to(here.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.trained = self.model if here.ranks == 1 else DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(configuration, self.trained)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
+        self.schedule = build_schedule(configuration, self.optimizer, len(self.batches))
         self.position = Position()
         self.saved_at, self.saving_seconds = time.perf_counter(), 0.0
         if here.first:
@@ -153,10 +153,6 @@ class Run:
             from torch.utils.tensorboard import SummaryWriter
 
             self.scalars = SummaryWriter(folder, purge_step=self.position.epoch + 1)
-
-    def _factor(self, step):
-        c = self.configuration
-        return learning_rate_factor(c.schedule, c.epochs, step / len(self.batches))
 
     def to_the_end(self, interruption, bar=True):
         """Train, evaluate and save, epoch by epoch."""
@@ -221,7 +217,7 @@ class Run:
 
     def _close_epoch(self):
         position = self.position
-        test_loss, test_score = evaluate(self.task, self.model, self.images, self.unit)
+        test_loss, test_score = evaluate(self.task, self.model, self.images)
         position.epochs.append(
             {
                 "train_loss": position.loss / len(self.batches),
@@ -269,6 +265,7 @@ class Run:
         start = time.perf_counter()
         if self.here.first:
             state = {
+                "format": FORMAT,
                 "configuration": self.configuration.as_dict(),
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -282,7 +279,12 @@ class Run:
     def _take_up(self, state):
         if state is None:
             return
-        _refuse_other(self.configuration.as_dict(), state["configuration"], self.folder)
+        _refuse_other(self.configuration, state["configuration"], self.folder)
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"the checkpoints in {self.folder} are of an older version, which can continue "
+                "them; this one cannot: delete them to start again, or give another folder"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
@@ -292,12 +294,10 @@ class Run:
     def record(self):
         """What the run leaves behind."""
         return {
-            "format": FORMAT,
+            **header(self.here.device),
             "configuration": self.configuration.as_dict(),
             "status": "diverged" if self.diverged else "finished",
-            **circumstances(self.here.device),
             "processes": self.here.ranks,
-            "finished": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "parameters": self.parameters,
             "train_images": len(self.images.x_train),
             "test_images": len(self.images.x_test),
@@ -320,9 +320,12 @@ def _rounded(value):
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _refuse_other(ours, theirs, folder):
-    theirs = Configuration.from_dict(theirs).as_dict()  # with settings it did not know yet
-    other = [name for name, value in ours.items() if theirs[name] != value]
-    if other:
-        listed = ", ".join(f"{name}: {theirs[name]!r} there, {ours[name]!r} here" for name in other)
+def _refuse_other(configuration, settings, folder):
+    there = Configuration.from_dict(settings)
+    if there != configuration:
+        listed = ", ".join(
+            f"{name}: {getattr(there, name)!r} there, {value!r} here"
+            for name, value in vars(configuration).items()
+            if getattr(there, name) != value
+        )
         raise ValueError(f"{folder} holds another run ({listed}); give another folder")

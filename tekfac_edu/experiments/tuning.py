@@ -16,12 +16,11 @@ import math
 from pathlib import Path
 
 from tekfac_edu.arguments import whole_number
-from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS
-from tekfac_edu.experiments.processes import is_first, processes
+from tekfac_edu.experiments.at_once import AtOnce
+from tekfac_edu.experiments.methods import KRONECKER, OPTIMIZERS
+from tekfac_edu.experiments.processes import is_first
 from tekfac_edu.experiments.racing import tuned_in
 from tekfac_edu.experiments.records import write_json
-from tekfac_edu.experiments.side_by_side import check_at_once, one_run, side_by_side
-from tekfac_edu.experiments.training import train
 
 TRIALS = 12
 TUNING_SEED = 1000
@@ -29,7 +28,9 @@ STEPS = {"lr": 0.5, "damping": 1.0, "weight_decay": 1.0}  # decades
 NEARER = (1.0, 0.5, 0.25, 0.125)  # distances in these steps; then 2, 3, ...
 
 
-def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, at_once=1, **how):
+def tune(
+    preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, at_once=1, **options
+):
     """Search the settings of each optimizer; writes `tuned.json`, {optimizer: settings}.
 
     Settings of other optimizers, tuned there before, stay in it.
@@ -39,9 +40,9 @@ def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, a
     preset : Preset.   folder : of the race; trials go into its folder `trials`.
     optimizers : which of the six.   trials : runs for each.
     progress : called with a line per optimizer.
-    at_once : searches side by side, each trial in a process of its own; a search itself has one
-        trial after the other.
-    how : passed on to `train` (data_folder, device, bar).
+    at_once : searches at a time; several have a process each. A search itself has one trial after
+        the other.
+    options : passed on to `train` (data_folder, device, bar).
 
     Returns
     -------
@@ -53,24 +54,22 @@ def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, a
         If every trial of an optimizer diverged.
     """
     whole_number("trials", trials, 1)
-    at_once = check_at_once(at_once)
-
-    def trial(optimizer, settings):
-        configuration = preset.base.replace(
-            **settings,
-            optimizer=optimizer,
-            epochs=preset.tuning_epochs,
-            held_out=True,
-            seed=TUNING_SEED,
-        )
-        return configuration, Path(folder) / "trials" / configuration.name
 
     def search(optimizer):
+        def judged(settings):
+            configuration = preset.base.replace(
+                **settings,
+                optimizer=optimizer,
+                epochs=preset.tuning_epochs,
+                held_out=True,
+                seed=TUNING_SEED,
+            )
+            place = Path(folder) / "trials" / configuration.name
+            return _held_out_loss(runs.train(configuration, place))
+
         coordinates = ["lr"] + ["damping"] * (optimizer in KRONECKER)
         coordinates += ["weight_decay"] * preset.weight_decay
-        return preset.starts[optimizer], coordinates, trials
-
-    def chosen(optimizer, best, loss, closed):
+        best, loss, closed = compass_search(judged, preset.starts[optimizer], coordinates, trials)
         if math.isinf(loss):
             raise ValueError(f"all {trials} trials of {optimizer} diverged; start elsewhere")
         settings = ", ".join(f"{name} {value:g}" for name, value in best.items())
@@ -78,27 +77,8 @@ def tune(preset, folder, optimizers=OPTIMIZERS, trials=TRIALS, progress=print, a
         progress(f"{optimizer}: {settings}; held-out loss {loss:.4g}; {tried}")
         return best
 
-    def alone(optimizer):
-        def judged(settings):
-            return _held_out_loss(train(*trial(optimizer, settings), **how))
-
-        return chosen(optimizer, *compass_search(judged, *search(optimizer)))
-
-    def in_line(optimizer):
-        points, loss = _compass(*search(optimizer)), None
-        while True:
-            try:
-                settings = points.send(loss)
-            except StopIteration as end:
-                return chosen(optimizer, *end.value)
-            loss = _held_out_loss((yield from one_run(*trial(optimizer, settings), how)))
-
-    with processes(how.get("device")):  # once for all trials: torchrun's cannot meet twice
-        if at_once == 1:
-            found = [alone(optimizer) for optimizer in optimizers]
-        else:
-            found = side_by_side(map(in_line, optimizers), at_once)
-    tuned = dict(zip(optimizers, found, strict=True))
+    with AtOnce(at_once, **options) as runs:
+        tuned = dict(zip(optimizers, runs.map(search, optimizers), strict=True))
     if is_first():
         write_json(Path(folder) / "tuned.json", tuned_in(folder) | tuned)
     return tuned
@@ -124,37 +104,25 @@ def compass_search(judged, start, coordinates, trials):
     (point, loss, closed) : the best point, and whether all its neighbours at the first distance
         have been tried, too.
     """
-    points, loss = _compass(start, coordinates, trials), None
-    while True:
-        try:
-            point = points.send(loss)
-        except StopIteration as end:
-            return end.value
-        loss = judged(point)
-
-
-def _compass(start, coordinates, trials):
-    """The search itself: yields points, is sent their losses, returns as above."""
     seen = {}
 
     def try_once(point):
         key = tuple(point.items())
         if key not in seen and len(seen) < trials:
-            seen[key] = yield dict(point)
+            seen[key] = judged(dict(point))
         return seen.get(key, math.inf)
 
     def better_neighbour(distance):
         for neighbour in _neighbours(best, coordinates, distance):
-            found = yield from try_once(neighbour)
-            if found < loss:
+            if (found := try_once(neighbour)) < loss:
                 return neighbour, found
         return None
 
-    best, loss = dict(start), (yield from try_once(start))
+    best, loss = dict(start), try_once(start)
     turn = 0
     while len(seen) < trials:
         distance = NEARER[turn] if turn < len(NEARER) else 2.0 + turn - len(NEARER)
-        if (moved := (yield from better_neighbour(distance))) is None:
+        if (moved := better_neighbour(distance)) is None:
             turn += 1
         else:
             best, loss = moved

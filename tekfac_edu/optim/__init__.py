@@ -18,6 +18,7 @@ from tekfac_edu.optim.ekfac import EKFAC
 from tekfac_edu.optim.factors import (
     KFACFactors,
     TraceRestrictedFactors,
+    averaged,
     kfac_factors,
     trace_restricted_factors,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "KFACFactors",
     "Paper",
     "TraceRestrictedFactors",
+    "averaged",
     "corrected_eigenvalues",
     "eigenbasis",
     "kfac_damping",

@@ -49,7 +49,8 @@ class Paper:
 
     def __post_init__(self):
         for field in fields(self):
-            real_number(field.name, getattr(self, field.name), above=0)
+            number = real_number(field.name, getattr(self, field.name), above=0)
+            object.__setattr__(self, field.name, number)  # a state has no NumPy numbers
 
     def layer_dampings(self, dampings, curvatures):
         """λ of each layer.

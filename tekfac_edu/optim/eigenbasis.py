@@ -51,7 +51,7 @@ def eigenbasis(S):
 def _finite_eigh(S):
     """eigh, with an error also where LAPACK gives NaN and none: seen in float32 with dead units."""
     eigenvalues, Q = torch.linalg.eigh(S)
-    if not Q.isfinite().all():
+    if not (eigenvalues.isfinite().all() & Q.isfinite().all()):
         raise torch.linalg.LinAlgError("eigh gave numbers that are not finite")
     return eigenvalues, Q
 

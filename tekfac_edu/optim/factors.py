@@ -88,7 +88,7 @@ class TraceRestrictedFactors(NamedTuple):
 def _trace_one(numerator, delta):
     known = (delta > 0)[..., None, None]
     S = numerator / torch.where(known, delta[..., None, None], 1.0)
-    S.diagonal(dim1=-2, dim2=-1).add_(torch.where(known[..., 0], 0.0, 1.0 / S.shape[-1]))
+    S.diagonal(dim1=-2, dim2=-1).add_(known[..., 0].logical_not().to(S.dtype) / S.shape[-1])
     return S
 
 

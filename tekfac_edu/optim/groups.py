@@ -16,12 +16,11 @@ SETTINGS = {  # and the bounds of each
 }
 
 
-def check_settings(group):
-    """ValueError that names the setting of a group that is out of its bounds."""
-    for name, bounds in SETTINGS.items():
-        real_number(name, group[name], **bounds)
+def checked(group):
+    """The group, its settings as floats; ValueError that names one that is out of its bounds."""
     if "lr_other" in group:
         raise TypeError("lr_other is gone: a group's lr is that of all its parameters")
+    return group | {name: real_number(name, group[name], **SETTINGS[name]) for name in SETTINGS}
 
 
 def complete_groups(given, parameters, defaults):
@@ -43,9 +42,7 @@ def complete_groups(given, parameters, defaults):
         shapes = [(*p.shape,) for p in strangers]
         raise ValueError(f"param_groups has parameters the model has not, of shapes {shapes}")
     rest = {**defaults, "params": [p for p in parameters if p not in taken]}
-    for group in (*given, rest):
-        check_settings(group)
-    return [group for group in (*given, rest) if group["params"]]
+    return [group for group in map(checked, (*given, rest)) if group["params"]]
 
 
 def damping_of_layers(layers, groups):

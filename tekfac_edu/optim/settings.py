@@ -75,10 +75,11 @@ class Cost:
 
     def __post_init__(self):
         if self.factor_rows is not None:
-            real_number("factor_rows", self.factor_rows, above=0)
+            rows = real_number("factor_rows", self.factor_rows, above=0)
+            object.__setattr__(self, "factor_rows", rows)  # a state has no NumPy numbers
         for name in ("eigenvalue_examples", "input_rank"):
             if getattr(self, name) is not None:
-                whole_number(name, getattr(self, name), 1)
+                object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
         one_of("eigenbasis", self.eigenbasis, ("eigh", "qr"))
         if not isinstance(self.stagger, bool):
             raise ValueError(f"stagger must be True or False; got {self.stagger!r}")

@@ -7,7 +7,7 @@ error that names it, unless it is listed in `plain`; every other parameter appea
 
 from torch import nn
 
-from tekfac_edu.optim.layers import factored_layer, refusal
+from tekfac_edu.optim.layers import factored_layer, kind_of, refusal
 
 
 def find_layers(model, plain=()):
@@ -67,7 +67,7 @@ def _why_plain(name, module, modules, plain):
             f"{name or 'the model'} ({type(module).__name__}) cannot be factored: {problem}; "
             f"plain=[{name!r}] trains it with plain momentum SGD"
         )
-    if factored_layer(name, module, False) is None:
+    if kind_of(module) is None:
         return f"plain SGD (no factorization for {type(module).__name__})"
     if isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "plain SGD (MultiheadAttention never calls it)"

@@ -28,7 +28,8 @@ class NaturalGradient:
     Parameters
     ----------
     mlp : MLP or ConvNet, trained in place.
-    method : "kfac", "ekfac", "tkfac" or "tekfac"; or a class of your own built like theirs.
+    method : "kfac", "ekfac", "tkfac" or "tekfac"; or a class of your own built like theirs. What
+        divides a gradient is its `damped` (or what the rule makes of it), not its `precondition`.
     lr : α > 0. With lr_scale="natural" unitless: 1 is a full Newton-like step.
     damping : λ >= 0, in units of the Fisher, 0 only while no layer's curvature is singular: each
         method's own way of adding it; or a rule, Paper(λ), Added(λ) or ByTrace(λ).

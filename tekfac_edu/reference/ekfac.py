@@ -68,7 +68,8 @@ class EKFAC:
 
     def measured(self, a, g, decay=0.0):
         """With S* of these examples averaged in; decay is the weight of the old one."""
-        new = _second_moments(*layer_inputs(a, g), self.Q_in, self.Q_out)
+        a, g = layer_inputs(a, g)
+        new = _second_moments(a, g, self.Q_in, self.Q_out)
         return type(self)(self.Q_in, self.Q_out, decay * self.eigenvalues + (1 - decay) * new)
 
     def dense(self, damping=0.0):

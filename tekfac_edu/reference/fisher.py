@@ -50,13 +50,13 @@ def fisher_matrix(statistics):
     """
     if not statistics:
         raise ValueError("statistics must hold at least one layer; got none")
-    vectors = [_gradient_vectors(layer.a, layer.g) for layer in statistics]
-    counts = [v.shape[:2] for v in vectors]
+    of_layers = [_gradient_vectors(layer.a, layer.g) for layer in statistics]
+    counts = [vectors.shape[:2] for vectors in of_layers]
     if len(set(counts)) > 1:
         raise ValueError(
             f"statistics must come from one batch; (vectors per example, examples) differ: {counts}"
         )
-    vectors = np.concatenate(vectors, axis=2)
+    vectors = np.concatenate(of_layers, axis=2)
     return np.einsum("snp,snq->pq", vectors, vectors, optimize=True) / vectors.shape[1]
 
 

@@ -153,7 +153,7 @@ def initial_weights(sizes, rng):
 
 def mean_loss(z, y, loss):
     """The mean over examples of a network's outputs z, (N, C), as in `MLP.loss`."""
-    y = _targets(y, z, loss)
+    y = _targets(y, z, one_of("loss", loss, LOSSES))
     if loss == "cross_entropy":
         return float(-log_softmax(z, axis=1)[np.arange(len(z)), y].mean())
     return float(0.5 * np.sum((z - y) ** 2) / len(z))
@@ -200,7 +200,6 @@ def _sampled(z, loss, rng, num_samples):
 
 def _targets(y, z, loss):
     """y, checked against the outputs z: (N,) labels below C, or (N, C) floats."""
-    one_of("loss", loss, LOSSES)
     if loss == "squared_error":
         return finite_array("y", y, shape=z.shape)
     y = np.asarray(y)

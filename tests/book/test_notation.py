@@ -9,7 +9,7 @@ from chapter_rules import ROOT
 from tekfac_edu import reference
 
 TEXT = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
-ARGUMENTS = {"a", "g", "factor_decay", "scale_decay", "lr", "momentum"}
+ARGUMENTS = {"a", "g", "decay", "lr", "momentum"}
 CODE = [row.split("|")[-2] for row in re.findall(r"^\|.*\|$", TEXT, re.M)]
 NAMES = sorted(set(re.findall(r"(?<!})`(\w+)`", " ".join(CODE))) - ARGUMENTS)
 

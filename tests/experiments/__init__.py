@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from tekfac_edu.experiments import building, checkpoints
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.methods import OPTIMIZERS
 from tekfac_edu.experiments.presets import Preset
 from tekfac_edu.experiments.training import train
 
@@ -22,12 +23,12 @@ STEPS = 5  # in an epoch
 TINY = Configuration("mlp", "digits", widths=(8,), epochs=2, batch_size=256, interval=2)
 RATES = dict(zip(OPTIMIZERS, (0.3, 0.01, 0.3, 0.3, 0.3, 0.3), strict=True))
 OF_THE_CLOCK = ("seconds", "cpu_seconds")
-OF_THE_DAY = ("continued", "command", "finished", "commit", "processes", "device")
+OF_THE_DAY = ("continued", "command", "date", "commit", "processes", "device")
 
 
 def tiny(optimizer="tekfac", **changes):
     """A configuration that takes a tenth of a second."""
-    return TINY.replace(optimizer=optimizer, lr=RATES[optimizer], warmup_steps=3).replace(**changes)
+    return TINY.replace(optimizer=optimizer, lr=RATES[optimizer], warmup=3).replace(**changes)
 
 
 def tiny_preset(**changes):
@@ -38,9 +39,9 @@ def tiny_preset(**changes):
     return replace(Preset("tiny", tiny(), starts, (1.0,), 1), **changes)
 
 
-def run(configuration, folder, **how):
+def run(configuration, folder, **options):
     """To the end, in this process."""
-    return train(configuration, folder, device="cpu", bar=False, **how)
+    return train(configuration, folder, device="cpu", bar=False, **options)
 
 
 def numbers(record):

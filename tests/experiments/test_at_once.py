@@ -1,4 +1,4 @@
-"""If this fails, runs side by side end with other numbers, or go on when nobody waits for them.
+"""If this fails, several runs at once end with other numbers, or go on when nobody waits for them.
 
 Workers are real processes, and what stops them are real signals. Where a test does not say
 `spawned`, they are forked from a server that has imported torch, which takes seconds, once.
@@ -14,40 +14,27 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-import torch
 
-from tekfac_edu.experiments import building, checkpoints, command_line, presets, side_by_side
+from tekfac_edu.experiments import at_once, building, checkpoints, command_line, presets, training
+from tekfac_edu.experiments.at_once import AtOnce
 from tekfac_edu.experiments.racing import race
 from tekfac_edu.experiments.records import read_races
-from tekfac_edu.experiments.side_by_side import one_run, train_with
 from tekfac_edu.experiments.tuning import tune
 
 from . import PRELOAD, in_process, numbers, tiny, tiny_preset, write_output_to
 
-HOW = {"device": "cpu", "bar": False}
+OPTIONS = {"device": "cpu", "bar": False}
 PAIR = ["sgd", "tekfac"]
 THREE = ["sgd"], [0, 1, 2]
 
 needs_sigkill = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-
-
-def quiet(line):
-    pass
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the workers."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the workers
 
 
 @pytest.fixture
 def preloaded(monkeypatch):
     """Workers that begin in no time."""
-    monkeypatch.setattr(side_by_side, "CONTEXT", from_a_server())
+    monkeypatch.setattr(at_once, "CONTEXT", from_a_server())
 
 
 def from_a_server():
@@ -57,56 +44,91 @@ def from_a_server():
     return context
 
 
-def test_a_race_side_by_side_has_the_numbers_of_one_after_another(tmp_path, monkeypatch):
-    """Spawned; with a run that diverges; then nothing is left to do, and no process begins."""
+def test_a_race_at_once_has_the_numbers_of_one_after_another(tmp_path, preloaded, monkeypatch):
+    """With a run that diverges; then nothing is left to do, and no process begins."""
     starts = tiny_preset().starts
     starts["sgd"]["lr"] = 1e38
-    preset, told = tiny_preset(starts=starts), []
+    preset, lines, again = tiny_preset(starts=starts), [], []
     chosen = PAIR, [0, 1, 1]
-    together = race(preset, tmp_path / "two", *chosen, 2, told.append, **HOW)
-    apart = race(preset, tmp_path / "one", *chosen, **HOW)
+    together = race(preset, tmp_path / "two", *chosen, 2, lines.append, **OPTIONS)
+    apart = race(preset, tmp_path / "one", *chosen, progress=again.append, **OPTIONS)
     assert list(map(numbers, together)) == list(map(numbers, apart))
-    assert "sgd, seed 0: diverged" in told and len(told) == 6
+    assert "sgd, seed 0: diverged" in lines and len(lines) == 6
+    assert sorted(lines) == sorted(again)
     last = apart[1]["epochs"][-1]
     assert (
         f"tekfac, seed 0: training loss {last['train_loss']:.4g}, "
         f"test accuracy {last['test_score']:.4g}"
-    ) in told
-    monkeypatch.setattr(side_by_side, "Worker", None)
-    again = race(preset, tmp_path / "two", *chosen, 2, quiet, **HOW)
+    ) in lines
+    monkeypatch.setattr(AtOnce, "call", None)
+    again = race(preset, tmp_path / "two", *chosen, 2, **OPTIONS)
     assert list(map(numbers, again)) == list(map(numbers, apart))
 
 
-def test_searches_side_by_side_find_the_same_settings(tmp_path, preloaded):
-    chosen, told = ["tekfac", "sgd", "kfac"], []
-    together = tune(tiny_preset(), tmp_path / "two", chosen, 4, told.append, 2, **HOW)
+def test_searches_at_once_find_the_same_settings(tmp_path, preloaded):
+    chosen, lines = ["tekfac", "sgd", "kfac"], []
+    together = tune(tiny_preset(), tmp_path / "two", chosen, 4, lines.append, 2, **OPTIONS)
     one_by_one = []
-    apart = tune(tiny_preset(), tmp_path / "one", chosen, 4, one_by_one.append, **HOW)
+    apart = tune(tiny_preset(), tmp_path / "one", chosen, 4, one_by_one.append, **OPTIONS)
     assert together == apart and list(together) == chosen
-    assert sorted(told) == sorted(one_by_one)
+    assert sorted(lines) == sorted(one_by_one)
     written = [(tmp_path / name / "tuned.json").read_bytes() for name in ("two", "one")]
     assert written[0] == written[1]
     trials = [read_races([tmp_path / name])[1] for name in ("two", "one")]
     assert list(map(numbers, trials[0])) == list(map(numbers, trials[1]))
 
 
-def train_and_tell(*run):
-    """In a worker: its record, with how often images were loaded and read from the cache."""
-    record = train_with(*run)
+def images_of(configuration):
+    """In a worker: who it is, and how often images were loaded, and read from the cache."""
+    building.build_images(configuration, None, "cpu")
     loaded = building._load.cache_info()
-    return record | {"loaded": (os.getpid(), loaded.misses, loaded.hits)}
+    return os.getpid(), loaded.misses, loaded.hits
 
 
 def test_a_worker_loads_images_once_and_an_error_is_what_it_was(tmp_path, preloaded):
-    lines = [one_run(tiny("sgd", seed=seed), tmp_path / str(seed), HOW) for seed in range(3)]
-    records = side_by_side.side_by_side(lines, 1, train_and_tell)
-    (worker,) = {record["loaded"][0] for record in records}
-    assert worker != os.getpid()
-    assert [record["loaded"][1:] for record in records] == [(1, 0), (1, 1), (1, 2)]
+    with AtOnce(2, **OPTIONS) as runs:
+
+        def three(name):
+            return [runs.call(name, images_of, tiny(seed=seed)) for seed in range(3)]
+
+        ((begun, *_),) = [found] = runs.map(three, ["one"])
+    assert {worker for worker, *_ in found} == {begun[0]} != {os.getpid()}
+    assert [counts for _, *counts in found] == [[1, 0], [1, 1], [1, 2]]
     preset = tiny_preset(base=tiny(dataset="cifar10"))
     with pytest.raises(ValueError, match="there is no folder /no/where"):
-        race(preset, tmp_path, ["sgd"], [0], 2, quiet, data_folder="/no/where", **HOW)
+        race(preset, tmp_path, ["sgd"], [0], 2, data_folder="/no/where", **OPTIONS)
     assert not multiprocessing.active_children()
+
+
+def waited(seconds):
+    """In a worker: when it began and ended."""
+    begun = time.monotonic()
+    time.sleep(seconds)
+    return begun, time.monotonic()
+
+
+def test_as_many_are_at_work_at_a_time_as_was_said(preloaded):
+    with AtOnce(2, **OPTIONS) as runs:
+        spans = runs.map(lambda name: runs.call(name, waited, 0.1), range(5))
+    busy = [sum(begun <= moment < ended for begun, ended in spans) for moment, _ in spans]
+    assert max(busy) == 2
+
+
+def test_one_at_a_time_is_here_in_order_and_an_error_ends_it():
+    asked = []
+
+    def noted(item):
+        asked.append((item, os.getpid()))
+        if item == "wrong":
+            raise KeyError(item)
+        return item
+
+    with AtOnce(1, **OPTIONS) as runs:
+        found = runs.map(lambda item: runs.call(item, noted, item), "abc")
+        assert found == ["a", "b", "c"] and asked == [(item, os.getpid()) for item in "abc"]
+        with pytest.raises(KeyError, match="wrong"):
+            runs.map(lambda item: runs.call(item, noted, item), ["d", "wrong", "e"])
+    assert [item for item, _ in asked[3:]] == ["d", "wrong"]
 
 
 # stopped
@@ -141,13 +163,13 @@ def once(condition, act):
 def compare(folder, way):
     """In another process, the first of its group: the command, two runs at once, and signals."""
     when, to_all, signals = WAYS[way]
-    torch.set_num_threads(1)
+    building.torch.set_num_threads(1)
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     write_output_to(folder.parent / "output")
     presets.PRESETS["digits-mlp"] = long_preset()
     if not to_all:
-        side_by_side.CONTEXT = from_a_server()
+        at_once.CONTEXT = from_a_server()
 
     def importing():
         return len(multiprocessing.active_children()) == 2
@@ -187,14 +209,13 @@ def left(processes):
 def unbroken(tmp_path_factory):
     """Numbers of a race never stopped."""
     folder = tmp_path_factory.mktemp("unbroken")
-    torch.set_num_threads(1)
-    return list(map(numbers, race(long_preset(), folder, *THREE, **HOW)))
+    building.torch.set_num_threads(1)
+    return list(map(numbers, race(long_preset(), folder, *THREE, **OPTIONS)))
 
 
 # to the parent alone; or to all, as a terminal, timeout and schedulers do, and workers are spawned:
 # then two runs train, or one, and the other may be far
 WAYS = {
-    "SIGTERM": ("training", False, ["SIGTERM"]),
     "SIGKILL": ("training", False, ["SIGKILL"]),
     "to all": ("training", True, ["SIGTERM", "SIGTERM"]),
     "to all that import": ("importing", True, ["SIGINT", "SIGTERM", "SIGTERM"]),
@@ -225,17 +246,57 @@ def test_a_race_that_is_stopped_leaves_no_process_and_continues(way, tmp_path, u
             assert "the same command " in line and ("stopped after step" in line or not stopped)
     assert stopped == 2 or way.startswith("to all")
     assert stopped >= 1 or way == "to all that import"
-    records = race(long_preset(), folder, *THREE, **HOW)
+    records = race(long_preset(), folder, *THREE, **OPTIONS)
     assert list(map(numbers, records)) == unbroken
     assert sum(record["continued"] for record in records) == stopped
 
 
+def two_begun(folder):
+    return lambda: len(begun(folder)) == 2
+
+
+def test_what_stops_the_parent_alone_stops_every_run(tmp_path, preloaded, unbroken):
+    once(two_begun(tmp_path), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(training.Interrupted) as stopped:
+        race(long_preset(), tmp_path, *THREE, 2, **OPTIONS)
+    folders = begun(tmp_path)
+    assert len(folders) == 2 and not multiprocessing.active_children()
+    lines = str(stopped.value).splitlines()
+    assert len(lines) == 2 and all("the same command continues" in line for line in lines)
+    assert all(any(f"saved in {folder};" in line for line in lines) for folder in folders)
+    records = race(long_preset(), tmp_path, *THREE, **OPTIONS)
+    assert list(map(numbers, records)) == unbroken
+    assert sum(record["continued"] for record in records) == 2
+
+
+@needs_sigkill
+def test_a_second_ctrl_c_kills_every_run(tmp_path, preloaded, monkeypatch):
+    """Of runs that would not save themselves."""
+
+    def insist():
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+
+    monkeypatch.setattr(AtOnce, "let_go", lambda runs: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    once(two_begun(tmp_path), insist)
+    start = time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            race(long_preset(), tmp_path, *THREE, 2, **OPTIONS)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - start < 10
+    assert len(begun(tmp_path)) == 2 and not multiprocessing.active_children()
+
+
 @needs_sigkill
 def test_a_worker_that_dies_is_named_and_the_other_saves_itself(tmp_path, preloaded):
-    once(lambda: len(begun(tmp_path)) == 2, lambda: multiprocessing.active_children()[0].kill())
-    with pytest.raises(ChildProcessError, match="was killed by signal 9") as died:
-        race(long_preset(), tmp_path, *THREE, 2, quiet, **HOW)
-    assert any(str(run) in str(died.value) for run in begun(tmp_path))
+    once(two_begun(tmp_path), lambda: multiprocessing.active_children()[0].kill())
+    with pytest.raises(ChildProcessError, match=r"the process of .* died") as died:
+        race(long_preset(), tmp_path, *THREE, 2, **OPTIONS)
+    assert sum(f"{run} died" in str(died.value) for run in begun(tmp_path)) == 1
     assert "the same command continues" in str(died.value)
     assert len(begun(tmp_path)) == 2 and not multiprocessing.active_children()
 
@@ -247,11 +308,11 @@ def test_torchrun_and_several_at_once_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for start in (race, tune):
         with pytest.raises(ValueError, match=r"at_once=3 is for one process; torchrun started 2"):
-            start(tiny_preset(), tmp_path, at_once=3, **HOW)
+            start(tiny_preset(), tmp_path, at_once=3, **OPTIONS)
 
 
 @pytest.mark.parametrize("wrong", [0, 1.5, True])
 def test_at_once_is_a_whole_number(wrong, tmp_path):
     for start in (race, tune):
         with pytest.raises(ValueError, match="at_once must be a whole number >= 1"):
-            start(tiny_preset(), tmp_path, at_once=wrong, **HOW)
+            start(tiny_preset(), tmp_path, at_once=wrong, **OPTIONS)

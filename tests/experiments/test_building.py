@@ -1,19 +1,22 @@
 """If this fails, a run trains another network, by another rule or at another rate than it says."""
 
+import dataclasses
+import io
 import math
 
 import pytest
 import torch
 
-from tekfac_edu.experiments import building
+from tekfac_edu import optim
 from tekfac_edu.experiments.building import (
     build_images,
     build_model,
     build_optimizer,
-    learning_rate_factor,
+    build_schedule,
 )
-from tekfac_edu.experiments.configuration import OPTIMIZERS
-from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
+from tekfac_edu.experiments.configuration import Configuration, Cost
+from tekfac_edu.experiments.methods import KRONECKER, METHODS, OPTIMIZERS, DecoupledSGD
+from tekfac_edu.experiments.networks import NETWORKS
 
 from . import tiny
 
@@ -85,41 +88,83 @@ def test_convolutional_networks_have_the_width_asked_for():
         assert next(model.parameters()).shape == (expected, 1, 3, 3)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_built_and_has_the_outputs_of_its_task(name):
+    """On images of the shape that its row names, by the size that its row names."""
+    network = NETWORKS[name]
+    small = {"width": 2, "widths": (4,)}[network.sized_by]
+    model = network.build(network.image, 7, small)
+    assert network.side in (None, network.image[-1])
+    outputs = model(torch.rand(3, *network.image))
+    pixels = math.prod(network.image)
+    assert outputs.shape == (3, {"label": 7, "image": pixels}[network.task.target])
+    default = Configuration(name, "cifar10").replace(**{network.sized_by: network.size})
+    assert getattr(default, network.sized_by) == network.size
+
+
+def test_a_network_has_its_task():
+    found = {
+        name: (n.task.score, n.task.likelihood, n.task.target, n.task.unit)
+        for name, n in NETWORKS.items()
+    }
+    classified = ("accuracy", "categorical", "label", False)
+    assert found.pop("autoencoder") == ("error", "bernoulli", "image", True)
+    assert set(found) == {"mlp", "resnet20", "vgg16"} and set(found.values()) == {classified}
+
+
 # optimizers
 
 
 def test_names_are_the_methods():
-    kinds = dict(zip(OPTIMIZERS[2:], (KFAC, EKFAC, TKFAC, TEKFAC), strict=True))
-    for name, kind in kinds.items():
+    assert OPTIMIZERS == ("sgd", "adam", "kfac", "ekfac", "tkfac", "tekfac")
+    assert KRONECKER == ("kfac", "ekfac", "tkfac", "tekfac")
+    for name in KRONECKER:
         configuration, model = digits_model(optimizer=name)
-        assert type(build_optimizer(configuration, model)) is kind
+        optimizer = build_optimizer(configuration, model)
+        assert type(optimizer).__name__ == METHODS[name].label == name.upper()
 
 
-def test_every_setting_arrives():
-    settings = {
-        "lr": 0.7,
-        "momentum": 0.3,
-        "weight_decay": 0.2,
-        "damping": 0.5,
-        "damping_rule": "added",
-        "damping_policy": "trace",
-        "fisher": "exact",
-        "interval": 3,
-        "warmup_steps": 4,
-        "factor_decay": 0.6,
-        "scale_decay": 0.8,
-        "eigenbasis": "qr",
-    }
-    optimizer = build_optimizer(*digits_model(**settings))
-    for group in optimizer.param_groups:
-        for name in ("lr", "momentum", "weight_decay", "damping"):
-            assert group[name] == settings[name]
-    interval = settings.pop("interval")
-    for name in list(settings)[4:]:
-        assert getattr(optimizer, name) == settings[name]
-    for name in ("factor_interval", "eigen_interval", "scale_interval"):
-        assert getattr(optimizer, name) == interval
-    assert optimizer.lr_scale == "sgd"
+@pytest.mark.parametrize("name", KRONECKER)
+@pytest.mark.parametrize("eigenbasis", ["eigh", "qr"])
+def test_a_method_takes_the_eigenbases_that_its_row_names(name, eigenbasis):
+    case = digits_model(optimizer=name, cost=Cost(eigenbasis=eigenbasis))
+    if eigenbasis in METHODS[name].eigenbases:
+        build_optimizer(*case)
+    else:
+        with pytest.raises(ValueError, match='"qr"'):
+            build_optimizer(*case)
+
+
+def called(monkeypatch, **settings):
+    """(arguments, named arguments) that TEKFAC is called with."""
+    calls = []
+
+    class Spy(METHODS["tekfac"].make):
+        def __init__(self, *arguments, **named):
+            calls.append((arguments, named))
+            super().__init__(*arguments, **named)  # it takes them
+
+    row = dataclasses.replace(METHODS["tekfac"], make=Spy)
+    monkeypatch.setitem(METHODS, "tekfac", row)
+    configuration, model = digits_model(**settings)
+    build_optimizer(configuration, model)
+    ((given, *positional), named), *_ = calls
+    assert given is model and len(calls) == 1
+    return positional, named
+
+
+COST = Cost(3.0, 7, 5, "qr", True, "bfloat16")
+SETTINGS = {"lr": 0.7, "momentum": 0.3, "weight_decay": 0.2, "damping": 0.5, "fisher": "exact"}
+SETTINGS |= {"interval": 3, "warmup": 4, "decay": 0.6, "cost": COST}
+
+
+@pytest.mark.parametrize("rule", ["paper", "added", "by-trace"])
+def test_every_setting_arrives(rule, monkeypatch):
+    (lr,), named = called(monkeypatch, damping_rule=rule, **SETTINGS)
+    assert lr == 0.7
+    expected = {n: v for n, v in SETTINGS.items() if n not in ("lr", "damping")}
+    damping = {"paper": optim.Paper, "added": optim.Added, "by-trace": optim.ByTrace}[rule]
+    assert named == expected | {"damping": damping(0.5)}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -183,21 +228,58 @@ def test_sgd_without_decay_is_torchs_bit_for_bit():
             torch.nn.functional.cross_entropy(model(x), torch.arange(16) % 10).backward()
             optimizer.step()
         ends.append(torch.nn.utils.parameters_to_vector(model.parameters()))
-    assert type(optimizer) is not building.DecoupledSGD
+    assert type(optimizer) is not DecoupledSGD
     assert torch.equal(*ends)
 
 
 # the schedule
 
 
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("constant", {0: 1, 3.5: 1, 8: 1}),
-        ("cosine", {0: 1, 2: (1 + math.sqrt(0.5)) / 2, 4: 0.5, 6: (1 - math.sqrt(0.5)) / 2, 8: 0}),
-        ("step", {0: 1, 3.99: 1, 4: 0.1, 5.99: 0.1, 6: 0.01, 8: 0.01}),
-    ],
-)
-def test_the_schedule_at_known_epochs(schedule, expected):
-    for epoch, factor in expected.items():
-        assert learning_rate_factor(schedule, 8, epoch) == pytest.approx(factor, abs=1e-15)
+def by_formula(schedule, epochs, epoch):
+    """What the learning rate is multiplied with; epoch counts with fractions, from 0 to epochs."""
+    return {
+        "constant": 1.0,
+        "cosine": (1 + math.cos(math.pi * epoch / epochs)) / 2,
+        "step": 0.1 ** ((epoch >= epochs / 2) + (epoch >= 3 * epochs / 4)),
+    }[schedule]
+
+
+def rates(schedule, epochs, batches, stopped_at=None):
+    """The learning rate of every step; taken up from what was saved, if stopped somewhere."""
+    configuration = Configuration(lr=0.3, epochs=epochs, schedule=schedule)
+
+    def begin():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], configuration.lr)
+        return optimizer, build_schedule(configuration, optimizer, batches)
+
+    pair, found = begin(), []
+    for step in range(epochs * batches + 1):
+        if step == stopped_at:
+            saved = io.BytesIO()
+            torch.save([part.state_dict() for part in pair], saved)
+            saved.seek(0)
+            pair = begin()
+            for part, state in zip(pair, torch.load(saved, weights_only=True), strict=True):
+                part.load_state_dict(state)
+        optimizer, scheduler = pair
+        assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+@pytest.mark.parametrize(("epochs", "batches"), [(8, 100), (20, 11), (3, 7), (1, 3), (1, 1)])
+def test_the_schedule_is_its_formula_at_every_step(schedule, epochs, batches):
+    expected = [
+        0.3 * by_formula(schedule, epochs, step / batches) for step in range(epochs * batches + 1)
+    ]
+    assert rates(schedule, epochs, batches) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "step"])
+def test_the_schedule_of_a_run_taken_up_is_the_same_to_the_last_bit(schedule):
+    whole = rates(schedule, 4, 5)
+    for step in range(21):
+        assert rates(schedule, 4, 5, stopped_at=step) == whole

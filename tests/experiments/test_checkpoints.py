@@ -18,7 +18,7 @@ from tekfac_edu.experiments.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
-from tekfac_edu.experiments.configuration import OPTIMIZERS
+from tekfac_edu.experiments.methods import OPTIMIZERS
 
 from . import STEPS, Nth, flipped, in_process, numbers, run, same_bits, tiny, write_output_to
 

@@ -8,14 +8,15 @@ import sys
 import pytest
 
 from tekfac_edu.experiments import command_line, racing, training, tuning
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from tekfac_edu.experiments.configuration import Configuration, Cost
+from tekfac_edu.experiments.methods import OPTIMIZERS
 from tekfac_edu.experiments.presets import PRESETS
 from tekfac_edu.experiments.records import read_record
 
 from . import numbers, run, tiny
 
 TINY = """
---model mlp --dataset digits --widths 8 --epochs 2 --batch-size 256 --interval 2 --warmup-steps 3
+--model mlp --dataset digits --widths 8 --epochs 2 --batch-size 256 --interval 2 --warmup 3
 --optimizer sgd --lr 0.3 --device cpu
 """.split()
 
@@ -60,18 +61,11 @@ EVERYTHING = Configuration(
     width=None,
     widths=(9, 4),
     interval=5,
-    warmup_steps=6,
-    factor_decay=0.5,
-    scale_decay=0.25,
-    damping_rule="added",
-    damping_policy="trace",
+    warmup=6,
+    decay=0.5,
+    damping_rule="by-trace",
     fisher="exact",
-    eigenbasis="qr",
-    factor_rows=2.5,
-    input_rank=5,
-    scale_examples=7,
-    stagger=True,
-    precision="bfloat16",
+    cost=Cost(2.5, 7, 5, "qr", True, "bfloat16"),
     held_out=True,
     train_images=100,
     test_images=50,
@@ -80,11 +74,13 @@ EVERYTHING = Configuration(
 )
 
 
-def options(configuration):
+def options(settings, prefix="--"):
     words = []
-    for name, value in configuration.as_dict().items():
-        option = "--" + name.replace("_", "-")
-        if value is True:
+    for name, value in settings.items():
+        option = prefix + name.replace("_", "-")
+        if isinstance(value, dict):
+            words += options(value, f"{option}.")
+        elif value is True:
             words.append(option)
         elif isinstance(value, tuple):
             words += [option, *map(str, value)]
@@ -101,7 +97,9 @@ def test_every_setting_is_an_option(command, asked):
         if getattr(EVERYTHING, field.name) == getattr(default, field.name)
     ]
     assert same == ["width"]
-    command("train", *options(EVERYTHING))
+    cost = zip(vars(EVERYTHING.cost).items(), vars(default.cost).items(), strict=True)
+    assert all(given != normal for given, normal in cost)
+    command("train", *options(EVERYTHING.as_dict()))
     command("train", "--width", 8)
     command("train")
     configurations = [arguments[0] for arguments, _ in asked]
@@ -113,8 +111,14 @@ def test_help_tells_every_option_and_its_default(command, capsys):
         command("train", "--help")
     assert stopped.value.code == 0
     said = capsys.readouterr().out
+    words = said.replace("│", " ").replace(",", " ").split()
     for field in dataclasses.fields(Configuration):
-        assert f"--{field.name.replace('_', '-')}" in said
+        if field.name != "cost":
+            assert f"--{field.name.replace('_', '-')}" in said
+    for field in dataclasses.fields(Cost):
+        assert f"--cost.{field.name.replace('_', '-')}" in words
+    for old in ("warmup-steps", "factor-decay", "scale-decay", "damping-policy", "eigenbasis"):
+        assert f"--{old}" not in words
     assert "default: 0.1" in said and "Only the" not in said
     for option in ("--folder", "--data-folder", "--device", "--no-tensorboard"):
         assert option in said
@@ -144,14 +148,14 @@ def test_races_get_what_was_asked(command, asked, capsys):
     command("compare", "svhn-vgg16")
     command("compare", "svhn-vgg16", "--at-once", 3)
     command("tune", "digits-mlp", "--at-once", 2)
-    (tune, tune_how), (compare, compare_how), (default, _), (third, _), (second, _) = asked
+    (tune, tune_options), (compare, compare_options), (default, _), (third, _), (second, _) = asked
     assert (tune[5], compare[4], default[4], third[4], second[5]) == (1, 1, 1, 3, 2)
     assert tune[0] is PRESETS["digits-mlp"]
     assert (str(tune[1]), tune[2], tune[3]) == ("runs/digits-mlp", ("sgd", "kfac"), 3)
-    assert tune_how == {"data_folder": None, "device": "cpu"}
+    assert tune_options == {"data_folder": None, "device": "cpu"}
     assert compare[0] is PRESETS["svhn-vgg16"]
     assert (str(compare[1]), compare[2], compare[3]) == ("here", OPTIMIZERS, (4, 5))
-    assert compare_how == {"data_folder": "there", "device": None}
+    assert compare_options == {"data_folder": "there", "device": None}
     assert (str(default[1]), default[3]) == ("runs/svhn-vgg16", (0, 1, 2))
     assert "tekfac-edu report here" in capsys.readouterr().out
 
@@ -168,12 +172,15 @@ def test_only_the_first_process_talks(command, asked, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("train --model vgg16 --dataset digits", "vgg16 halves its images five times"),
+        ("train --model vgg16 --dataset digits", "vgg16 needs images of 32×32 pixels"),
         ("train --model mlp --dataset digits --lr -1", "lr must be a finite number and > 0"),
         ("train --model mlp --dataset digits --batch-size 5000", "a batch of 5000 is more than"),
         ("train --model mlp --dataset digits --data-folder x", "digits is embedded"),
         ("train --dataset cifar10 --data-folder /no/where", "there is no folder /no/where"),
-        ("train --model mlp --dataset digits --optimizer kfac --eigenbasis qr", '"qr" is for'),
+        (
+            "train --model mlp --dataset digits --optimizer kfac --cost.eigenbasis qr",
+            '="qr") is for',
+        ),
         ("tune digits-mlp --trials 0", "trials must be a whole number >= 1; got 0"),
         ("report /no/where", "there is no /no/where"),
     ],

@@ -2,16 +2,22 @@
 
 import io
 import json
-import subprocess
+import multiprocessing
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import tyro
 
+from benchmarks import RECORDS, gpu_checklist
+from tekfac_edu.experiments import at_once
+from tekfac_edu.experiments.configuration import Configuration
 from tekfac_edu.experiments.records import read_races
 
-ROOT = Path(__file__).parents[2]
+from . import PRELOAD
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +45,21 @@ def diverged(run):
     return run["status"] != "finished"
 
 
-def run_script(folder, *arguments):
-    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_checklist.py"), "--device", "cpu"]
-    small = ["--models", "resnet20", "--width", "2", "--batch-size", "8", "--intervals", "2"]
-    where = ["--records", str(folder / "records"), "--runs", str(folder / "runs")]
-    return subprocess.run(
-        [*script, *small, *where, *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures, monkeypatch):
+    context = multiprocessing.get_context("forkserver")  # spawned workers: test_at_once.py
+    context.set_forkserver_preload(PRELOAD)
+    monkeypatch.setattr(at_once, "CONTEXT", context)
 
+    def run(*arguments):
+        small = "--device cpu --models resnet20 --width 2 --batch-size 8 --intervals 2".split()
+        places = ["--records", str(tmp_path / "records"), "--runs", str(tmp_path / "runs")]
+        monkeypatch.setattr(sys, "argv", [gpu_checklist.__file__, *small, *places, *arguments])
+        tyro.cli(gpu_checklist.main)
 
-def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures):
-    first = run_script(tmp_path, "--parts", "steps", "profile", "--optimizers", "sgd", "tekfac")
-    assert first.returncode == 0, first.stderr
+    run("--parts", "steps", "profile", "--optimizers", "sgd", "tekfac")
     path = tmp_path / "records" / "gpu_checklist.json"
     record = json.loads(path.read_text())
+    assert record["command"].startswith("python -m benchmarks.gpu_checklist --device cpu")
     assert list(record["steps"][0]["steps"]) == ["sgd", "tekfac"]
     assert record["steps"][0]["configuration"]["width"] == 2
     (profile,) = record["profile"]
@@ -67,13 +70,12 @@ def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures):
     shorter = ["--epochs", "2", "--seeds", "0", "1", "--trials", "1", "--tuning-epochs", "1"]
     shorter += ["--race-interval", "3", "--race-warmup", "0", "--at-once", "2"]
     data = ["--data-folder", str(pictures), "--optimizers", "sgd", "tekfac"]
-    second = run_script(tmp_path, "--parts", "races", *shorter, *data)
-    assert second.returncode == 0, second.stderr
+    run("--parts", "races", *shorter, *data)
     record = json.loads(path.read_text())
     assert set(record["seconds"]) == {"steps", "profile", "races"} and record["steps"]
     runs, trials = read_races([tmp_path / "records" / record["races"]["resnet20"]])
     assert len(runs) == 4 and len(trials) == 2
-    given = {"interval": 3, "warmup_steps": 0}
+    given = {"interval": 3, "warmup": 0}
     for run in runs + trials:
         assert {name: run["configuration"][name] for name in given} == given
     assert {len(run["epochs"]) for run in runs} == {2}
@@ -81,11 +83,24 @@ def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures):
     assert {run["train_images"] for run in runs} == {64} and not any(map(diverged, runs))
 
 
-def test_a_machine_without_a_gpu_is_told_so():
-    import torch
+def test_an_old_record_that_is_continued_has_one_format(tmp_path):
+    """Its step times and profiles as they were, in today's words."""
+    path = tmp_path / "gpu_checklist.json"
+    old = json.loads((RECORDS / path.name).read_text())
+    assert old["format"] == 1 and "eigh" in old["profile"][0]["seconds_per_step"]
+    path.write_text(json.dumps(old))
+    gpu_checklist.main(parts=("steps",), device="cpu", records=tmp_path, models=(), intervals=(2,))
+    new = json.loads(path.read_text())
+    assert new["format"] == 2 and new["steps"] == [] and new["tests"] == old["tests"]
+    for one, other in zip(new["profile"], old["profile"], strict=True):
+        seconds, before = one["seconds_per_step"], other["seconds_per_step"]
+        assert sum(seconds.values()) == pytest.approx(sum(before.values()))
+        assert seconds["eigenbases"] == pytest.approx(before["eigh"] + before["move"])
+    for measured in gpu_checklist.before(RECORDS / path.name)["steps"]:
+        assert measured["configuration"].keys() <= Configuration().as_dict().keys()
 
-    if torch.cuda.is_available():
-        pytest.skip("this machine has one")
-    script = [sys.executable, str(ROOT / "benchmarks" / "gpu_checklist.py")]
-    refused = subprocess.run(script, capture_output=True, text=True, timeout=120)
-    assert refused.returncode != 0 and "no GPU here" in refused.stderr
+
+def test_a_machine_without_a_gpu_is_told_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU here"):
+        gpu_checklist.main(records=tmp_path)

@@ -2,13 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import growth
+from benchmarks import growth
 
 SIZES = (64, 128, 256, 512, 1024)
 
@@ -20,7 +18,7 @@ def record(tmp_path_factory):
     threads = torch.get_num_threads()
     path = folder / "growth.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["growth.py", "--smoke"])
+        patch.setattr(sys, "argv", [growth.__file__, "--smoke"])
         growth.main(threads=1, smoke=True, record=path, figures=folder / "figures")
     torch.set_num_threads(threads)
     png = (folder / "figures" / "growth.png").read_bytes()
@@ -30,7 +28,7 @@ def record(tmp_path_factory):
 
 def test_the_record_says_how_it_was_made(record):
     assert record["device"].endswith("1 thread(s)") and record["versions"]["torch"]
-    assert record["command"] == "python benchmarks/growth.py --smoke"
+    assert record["command"] == "python -m benchmarks.growth --smoke"
     assert record["counts"].keys() == growth.NETWORKS.keys()
 
 
@@ -48,23 +46,23 @@ def parts(layers, N=128):
 
 
 def test_the_exponents_of_the_counts_are_the_known_ones():
-    def of(part, layers_and_N):
+    def exponent(part, layers_and_N):
         counts = [parts(layers, N)[part] for layers, N in layers_and_N]
         return growth.exponent(SIZES, counts)
 
     batch = [([(64, 100, 20)], N) for N in SIZES]
-    assert of("factors", batch) == pytest.approx(1)
-    assert of("network", batch) == pytest.approx(1)
-    assert of("bases", batch) == pytest.approx(0, abs=1e-9)
-    assert of("update", batch) == pytest.approx(0, abs=1e-9)
+    assert exponent("factors", batch) == pytest.approx(1)
+    assert exponent("network", batch) == pytest.approx(1)
+    assert exponent("bases", batch) == pytest.approx(0, abs=1e-9)
+    assert exponent("update", batch) == pytest.approx(0, abs=1e-9)
     inputs = [([(1, d, 10)], 128) for d in SIZES]
-    assert of("bases", inputs) == pytest.approx(3, abs=1e-3)
-    assert of("factors", inputs) == pytest.approx(2, abs=1e-2)
+    assert exponent("bases", inputs) == pytest.approx(3, abs=1e-3)
+    assert exponent("factors", inputs) == pytest.approx(2, abs=1e-2)
     refreshes = [growth.predicted([(1, d, 10)], 128, 10)["refresh"] for d in SIZES]
     assert 2 < growth.exponent(SIZES, refreshes) < 3
     deeper = [([(1, 65, 64)] * L, 128) for L in SIZES]
     for part in parts([(1, 2, 2)]):
-        assert of(part, deeper) == pytest.approx(1)
+        assert exponent(part, deeper) == pytest.approx(1)
 
 
 def test_counts_by_hand():
@@ -91,7 +89,7 @@ def test_cheaper_statistics_count_less():
 
 
 def test_layers_are_seen_with_positions_and_bias():
-    model, shape, _ = growth.AXES["resnet20_width"].of(4, None)
+    model, shape, _ = growth.AXES["resnet20_width"].build(4, None)
     layers = growth.layer_sizes(model, shape)
     assert len(layers) == 20 and model.training
     assert layers[0] == (32 * 32, 27, 4) and layers[-1] == (1, 17, 10)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from tekfac_edu.experiments import checkpoints, command_line, training
-from tekfac_edu.experiments.configuration import OPTIMIZERS
+from tekfac_edu.experiments.configuration import Cost
+from tekfac_edu.experiments.methods import OPTIMIZERS
 
 from . import (
     STEPS,
@@ -31,8 +32,8 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKI
 
 RUNS = {name: tiny(name) for name in OPTIMIZERS} | {
     "mc": tiny(fisher="mc"),
-    "exact, qr": tiny(fisher="exact", eigenbasis="qr"),
-    "decay, trace": tiny(weight_decay=0.01, damping_policy="trace"),
+    "exact, qr": tiny(fisher="exact", cost=Cost(eigenbasis="qr")),
+    "decay, by trace": tiny(weight_decay=0.01, damping_rule="by-trace"),
     "bf16": tiny(bf16=True),
     "autoencoder": tiny(model="autoencoder", lr=1e-3, fisher="mc", train_images=512),
     "resnet20, crops": tiny(
@@ -64,8 +65,8 @@ save = torch.save
 TRAINING = "tekfac_edu.experiments.training"
 STEP = f"{TRAINING}:Run._step"
 
-# "module:function", which call of it, what happens instead; a save is two calls of fsync, for the
-# file and for the folder
+# "module:function", which call of it, what happens instead; a file is two calls of fsync, its
+# own and the folder's
 MOMENTS = {
     "before the first checkpoint": (STEP, 3, die),
     "in the second epoch": (STEP, STEPS + 3, die),
@@ -74,7 +75,7 @@ MOMENTS = {
     "half of the first checkpoint": ("torch:save", 1, half_a_checkpoint),
     "half of the second checkpoint": ("torch:save", 2, half_a_checkpoint),
     "a checkpoint not renamed": ("os:fsync", 3, die),
-    "a checkpoint just renamed": ("tekfac_edu.experiments.checkpoints:_sync", 2, die),
+    "a checkpoint just renamed": ("tekfac_edu.experiments.files:_sync", 2, die),
     "half of the record": ("json:dump", 1, half_a_record),
     "the record not renamed": ("os:fsync", 5, die),
     "the record written, checkpoints there": (f"{TRAINING}:remove_checkpoints", 1, die),
@@ -86,7 +87,7 @@ def unbroken(tmp_path_factory):
     """name of RUNS -> record and last state of a run never stopped, made once."""
     made = {}
 
-    def of(name):
+    def made_once(name):
         if name not in made:
             folder = tmp_path_factory.mktemp("unbroken")
             with pytest.MonkeyPatch.context() as patch:
@@ -94,7 +95,7 @@ def unbroken(tmp_path_factory):
                 made[name] = run(RUNS[name], folder), last_state(folder)
         return made[name]
 
-    return of
+    return made_once
 
 
 @pytest.fixture
@@ -194,7 +195,7 @@ def stop_the_command(folder, name, where, call, number, times, options):
     Nth(where, call, send(number, times))
     c = RUNS[name]
     command_line.sys.argv = ["tekfac-edu", "train", "--model", c.model, "--dataset", c.dataset]
-    for option in ("optimizer", "lr", "epochs", "batch_size", "interval", "warmup_steps"):
+    for option in ("optimizer", "lr", "epochs", "batch_size", "interval", "warmup"):
         command_line.sys.argv += [f"--{option.replace('_', '-')}", str(getattr(c, option))]
     command_line.sys.argv += ["--widths", *map(str, c.widths), "--folder", str(folder), *options]
     command_line.main()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tekfac_edu.experiments import command_line, presets
-from tekfac_edu.experiments.configuration import OPTIMIZERS
+from tekfac_edu.experiments.methods import OPTIMIZERS
 from tekfac_edu.experiments.presets import PRESETS
 from tekfac_edu.experiments.racing import race
 from tekfac_edu.experiments.records import read_races

@@ -12,7 +12,7 @@ import tekfac_edu
 from tekfac_edu.experiments import records
 from tekfac_edu.experiments.configuration import Configuration
 from tekfac_edu.experiments.records import (
-    circumstances,
+    header,
     read_races,
     read_record,
     write_json,
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
 
 def test_a_record_has_everything(folder):
     record = strict(folder / "runs" / "1" / "record.json")
-    assert record.pop("format") == 1
+    assert record.pop("format") == 2
     assert Configuration.from_dict(record.pop("configuration")) == tiny("sgd", seed=1)
     assert record.pop("status") == "finished"
     assert "thread" in record.pop("device")
@@ -56,7 +56,7 @@ def test_a_record_has_everything(folder):
     commit = record.pop("commit")
     assert commit is None or len(commit.rstrip("+")) >= 7
     assert record.pop("command") and record.pop("processes") == 1
-    assert len(record.pop("finished")) == len("2026-01-01")
+    assert len(record.pop("date")) == len("2026-01-01")
     assert record.pop("parameters") == 64 * 8 + 8 + 8 * 10 + 10
     assert (record.pop("train_images"), record.pop("test_images")) == (1437, 360)
     assert record.pop("score") == "accuracy" and record.pop("continued") == 0
@@ -85,7 +85,7 @@ def test_the_record_in_the_folder_is_the_one_returned(folder):
 )
 def test_the_command_is_that_of_the_user(program, expected, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, "train", "--lr", "0.1 2"])
-    assert circumstances("cpu")["command"] == expected
+    assert header("cpu")["command"] == expected
 
 
 def test_one_file_holds_a_race(folder, tmp_path):
@@ -127,7 +127,11 @@ def test_it_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fsync)
     path = tmp_path / "record.json"
     write_json(path, [1])
-    assert flushed == [(["record.json.unfinished"], path.stat().st_ino, path.stat().st_size)]
+    assert flushed[0] == (["record.json.unfinished"], path.stat().st_ino, path.stat().st_size)
+    if os.name == "posix":
+        assert [(names, number) for names, number, _ in flushed[1:]] == [
+            ([path.name], tmp_path.stat().st_ino)
+        ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -144,7 +148,7 @@ def test_what_json_cannot_hold_is_an_error_not_a_token(value, tmp_path):
         lambda text: "",
         lambda text: "[1, 2]",
         lambda text: "{}",
-        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 2', '"format": 3'),
         lambda text: text.replace('"lr"', '"rate"', 1),
         lambda text: text.replace('"sgd"', '"sdg"', 1),
     ],

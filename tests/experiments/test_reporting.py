@@ -20,7 +20,7 @@ def run(optimizer, seed, losses, scores=None, seconds_per_epoch=2.0, status="fin
         "device": "a processor",
         "versions": {"torch": "2.13.0"},
         "commit": "abc",
-        "finished": f"2026-11-2{seed}",
+        "date": f"2026-11-2{seed}",
         "parameters": 10,
         "train_images": 100,
         "score": "accuracy",

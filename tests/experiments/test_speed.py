@@ -1,17 +1,17 @@
 """If this fails, a speed that somebody reads off a record or a figure was not measured as told."""
 
+import dataclasses
 import json
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import speed
-
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from benchmarks import speed
+from tekfac_edu.experiments import building, step_cost
+from tekfac_edu.experiments.configuration import Configuration, Cost
+from tekfac_edu.experiments.methods import METHODS, OPTIMIZERS
 from tekfac_edu.experiments.reporting import NAMES
 
 SMALL = Configuration("mlp", widths=(4,), batch_size=4, interval=2)
@@ -24,7 +24,7 @@ def record(tmp_path_factory):
     threads = torch.get_num_threads()
     path = folder / "speed.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["speed.py", "--smoke"])
+        patch.setattr(sys, "argv", [speed.__file__, "--smoke"])
         speed.main(peers=False, threads=1, smoke=True, record=path, figures=folder / "figures")
     torch.set_num_threads(threads)
     png = (folder / "figures" / "step_cost.png").read_bytes()
@@ -34,7 +34,7 @@ def record(tmp_path_factory):
 
 def test_the_record_says_how_it_was_made(record):
     assert record["device"].endswith("1 thread(s)") and record["versions"]["torch"]
-    assert record["command"] == "python benchmarks/speed.py --smoke"
+    assert record["command"] == "python -m benchmarks.speed --smoke"
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", record["date"])
     assert record["left_out"] == [] and record["peers"] == {}
 
@@ -70,7 +70,7 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(capsys):
         "diverging": diverging,
         "runs": lambda model, interval: torch.optim.Adagrad(model.parameters()),
     }
-    one = speed.measure(SMALL, torch.device("cpu"), ("sgd",), peers, {}, 2, 2)
+    one = speed.measure(SMALL, torch.device("cpu"), ("sgd",), peers, Cost(), 2, 2)
     assert list(one["optimizers"]) == ["SGD", "runs"]
     assert one["left_out"] == {
         "absent": "ModuleNotFoundError: No module named 'absent'",
@@ -80,17 +80,34 @@ def test_a_peer_that_fails_is_left_out_with_its_reason(capsys):
     assert capsys.readouterr().out.count("left out") == 3
 
 
-def test_a_failure_of_ours_is_no_reason_to_go_on():
-    with pytest.raises(TypeError, match="no_such_option"):
-        speed.measure(SMALL, torch.device("cpu"), ("tekfac",), {}, {"no_such_option": 1}, 1, 2)
+def test_a_failure_of_ours_is_no_reason_to_go_on(monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("no such setting")
+
+    monkeypatch.setitem(METHODS, "tekfac", dataclasses.replace(METHODS["tekfac"], make=broken))
+    with pytest.raises(TypeError, match="no such setting"):
+        speed.measure(SMALL, torch.device("cpu"), ("tekfac",), {}, Cost(), 1, 2)
 
 
-def test_the_options_reach_ours():
-    images = speed.blank_images((1, 28, 28))
-    options = {"eigenbasis": "qr", "eigen_interval": 4}
-    steps, _ = speed.contestants_of(SMALL, images, torch.device("cpu"), ("tekfac",), {}, options)
-    optimizer = steps["TEKFAC, options"].optimizer
-    assert steps["TEKFAC"].optimizer.eigenbasis == "eigh"
-    assert (optimizer.eigenbasis, optimizer.eigen_interval) == ("qr", 4)
-    assert (optimizer.factor_interval, optimizer.warmup_steps) == (2, 0)
-    assert optimizer.lr_scale == "sgd" and isinstance(steps["SGD"].optimizer, torch.optim.SGD)
+def test_the_cost_reaches_ours_as_far_as_they_take_it(monkeypatch):
+    """KFAC needs the eigenvalues of its factors: "eigh" in any case."""
+    built, build = [], building.build_optimizer
+
+    def noted(configuration, model):
+        built.append((configuration.optimizer, configuration.cost))
+        assert (configuration.interval, configuration.lr) == (2, SMALL.lr)
+        return build(configuration, model)
+
+    monkeypatch.setattr(step_cost, "build_optimizer", noted)
+    images, cost = speed.blank_images((1, 28, 28)), Cost(eigenbasis="qr", input_rank=3)
+    names = ("kfac", "tekfac")
+    steps, _ = speed.contestants(SMALL, images, torch.device("cpu"), names, {}, cost)
+    assert list(steps) == ["SGD", "KFAC", "KFAC, options", "TEKFAC", "TEKFAC, options"]
+    assert built == [
+        ("sgd", Cost()),
+        ("kfac", Cost()),
+        ("kfac", Cost(input_rank=3)),
+        ("tekfac", Cost()),
+        ("tekfac", cost),
+    ]
+    assert isinstance(steps["SGD"].optimizer, torch.optim.SGD)

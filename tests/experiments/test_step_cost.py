@@ -4,9 +4,11 @@ import time
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tekfac_edu.experiments import step_cost
-from tekfac_edu.experiments.configuration import OPTIMIZERS, Configuration
+from tekfac_edu.experiments.configuration import Configuration
+from tekfac_edu.experiments.methods import OPTIMIZERS
 
 SMALL = Configuration("mlp", "digits", widths=(8,), batch_size=16, interval=3)
 IMAGES = step_cost.blank_images((1, 8, 8))
@@ -66,18 +68,19 @@ def test_a_step_that_sleeps_is_seen_to(monkeypatch):
     assert list(measured["steps"]) == ["sgd", "adam"]
 
 
-def test_refreshes_fall_into_every_interval_and_are_the_worst_steps(monkeypatch):
-    from tekfac_edu.optim.statistics import Refresh
-
-    ordinary, called = Refresh.bases, []
-
-    def counted(self, layers, step):
-        called.append((step, len(layers)))
-        return ordinary(self, layers, step)
-
-    monkeypatch.setattr(Refresh, "bases", counted)
-    step_cost.measure_steps(SMALL, IMAGES, "cpu", ["kfac"], intervals=2)
-    assert [step for step, layers in called if layers] == [0, 3, 6]  # one interval is not timed
+def test_refreshes_fall_into_every_interval():
+    """By torch's own profile: one interval that is not timed, and two that are."""
+    with profile(activities=[ProfilerActivity.CPU]) as watched:
+        step_cost.measure_steps(SMALL, IMAGES, "cpu", ["kfac"], intervals=2)
+    events = [(e.name, e.time_range.start, e.time_range.end) for e in watched.events()]
+    decomposed = [start for name, start, _ in events if name == "aten::linalg_eigh"]
+    steps = sorted((start, end) for name, start, end in events if name.endswith("#KFAC.step"))
+    refreshes = [
+        number
+        for number, (start, end) in enumerate(steps)
+        if any(start <= moment < end for moment in decomposed)
+    ]
+    assert len(steps) == 9 and refreshes == [0, 3, 6]
 
 
 def test_the_table_names_every_optimizer(measured):

@@ -9,9 +9,7 @@ from torch import nn
 
 from tekfac_edu.data.images import Images
 from tekfac_edu.experiments import tasks
-from tekfac_edu.experiments.tasks import Classification, Reconstruction, evaluate, task_of
-
-from . import tiny
+from tekfac_edu.experiments.tasks import Classification, Reconstruction, evaluate
 
 N, SIDE, CLASSES = 23, 4, 3
 
@@ -71,27 +69,19 @@ def test_loss_and_score_are_those_of_loops(task):
 def test_evaluation_is_the_mean_over_test_images_whatever_the_batches(task, size, monkeypatch):
     """The last batch is smaller: means of means would be wrong."""
     monkeypatch.setattr(tasks, "EVALUATION_BATCH", size)
-    images, unit = pictures(), task.score == "error"
-    model = network(SIDE**2 if unit else CLASSES)
-    x = images.unit(images.x_test) if unit else images.normalized(images.x_test)
+    images, pixels = pictures(), task.score == "error"
+    model = network(SIDE**2 if pixels else CLASSES)
+    x = images.unit(images.x_test) if pixels else images.normalized(images.x_test)
     with torch.no_grad():
         z = model.eval()(x)
     expected = by_loops(task, z, x, images.y_test).mean(0)
-    assert evaluate(task, model.train(), images, unit) == pytest.approx(expected, rel=1e-5)
+    assert evaluate(task, model.train(), images) == pytest.approx(expected, rel=1e-5)
 
 
 def test_evaluation_changes_nothing_but_the_mode():
     model = network(CLASSES)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluate(Classification(), model.train(), pictures(), False)
+    evaluate(Classification(), model.train(), pictures())
     assert not model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_model_has_its_task():
-    for model in ("mlp", "resnet20"):
-        task = task_of(tiny(model=model, widths=None))
-        assert (task.score, task.better, task.likelihood) == ("accuracy", max, "categorical")
-    task = task_of(tiny(model="autoencoder"))
-    assert (task.score, task.better, task.likelihood) == ("error", min, "bernoulli")

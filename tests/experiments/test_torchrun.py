@@ -76,11 +76,11 @@ def launch(program, *arguments):
 
 def assert_close(record, expected):
     one, other = numbers(record), numbers(expected)
-    for mine, theirs in zip(one.pop("epochs"), other.pop("epochs"), strict=True):
+    for ours, theirs in zip(one.pop("epochs"), other.pop("epochs"), strict=True):
         for name in ("train_loss", "test_loss"):
-            assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name
-        assert mine["test_score"] == pytest.approx(theirs["test_score"], abs=2.5 / 360)
-        assert mine["lr"] == theirs["lr"]
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+        assert ours["test_score"] == pytest.approx(theirs["test_score"], abs=2.5 / 360)
+        assert ours["lr"] == theirs["lr"]
     assert one == other
 
 
@@ -114,9 +114,9 @@ def test_a_race_stopped_and_its_last_run_continued_equal_one_process(tmp_path):
     continued = read_record(folder / "record.json")
     assert continued["processes"] == 2 and continued["continued"] == 1
     assert continued["command"].startswith("tekfac-edu train --model mlp")
-    assert_close(continued, run(tiny(epochs=4, warmup_steps=20), tmp_path / "tekfac"))
+    assert_close(continued, run(tiny(epochs=4, warmup=20), tmp_path / "tekfac"))
 
     (path,) = tmp_path.glob("race/runs/sgd-*/record.json")
     whole = read_record(path)
     assert whole["processes"] == 2 and whole["continued"] == 0
-    assert_close(whole, run(tiny("sgd", epochs=4, warmup_steps=20), tmp_path / "sgd"))
+    assert_close(whole, run(tiny("sgd", epochs=4, warmup=20), tmp_path / "sgd"))

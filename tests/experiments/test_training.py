@@ -4,7 +4,6 @@ What happens to a run that is stopped: test_killed.py.
 """
 
 import json
-import math
 import time
 
 import pytest
@@ -12,8 +11,9 @@ import torch
 
 from tekfac_edu.data.batches import Batches
 from tekfac_edu.experiments import building, training
-from tekfac_edu.experiments.configuration import OPTIMIZERS
+from tekfac_edu.experiments.methods import OPTIMIZERS
 from tekfac_edu.experiments.tasks import Classification, evaluate
+from tekfac_edu.optim import TEKFAC
 
 from . import STEPS, last_state, numbers, run, same_bits, tiny
 
@@ -26,33 +26,36 @@ def kept(monkeypatch):
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant"])
 def test_a_run_of_sgd_is_a_plain_loop_bit_for_bit(schedule, tmp_path, kept):
-    """torch.optim.SGD and a rate set by hand; the record has the mean of the batches' losses."""
+    """torch.optim.SGD and torch's schedulers; the record has the mean of the batches' losses.
+
+    That these are the formulas' rates: test_building.py.
+    """
     configuration = tiny("sgd", epochs=4, schedule=schedule)
     record = run(configuration, tmp_path)
     images = building.build_images(configuration, None, "cpu")
     batches = Batches(images, 256)
     model = building.build_model(configuration, images)
     optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
-    step = 0
-    for epoch, told in enumerate(record["epochs"]):
+    schedules = torch.optim.lr_scheduler
+    scheduler = {
+        "cosine": schedules.CosineAnnealingLR(optimizer, 4 * STEPS),
+        "step": schedules.MultiStepLR(optimizer, [2 * STEPS, 3 * STEPS]),
+        "constant": None,
+    }[schedule]
+    for epoch, ended in enumerate(record["epochs"]):
         losses = []
         model.train()
         for x, y in batches.epoch(epoch):
-            factors = {
-                "cosine": (1 + math.cos(math.pi * (step / STEPS) / 4)) / 2,
-                "step": 0.1 ** ((step >= 2 * STEPS) + (step >= 3 * STEPS)),
-                "constant": 1.0,
-            }
-            optimizer.param_groups[0]["lr"] = 0.3 * factors[schedule]
             optimizer.zero_grad()
             loss = torch.nn.functional.cross_entropy(model(x), y)
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-            step += 1
-        assert told["train_loss"] == pytest.approx(sum(losses) / STEPS, rel=1e-5)
-        expected = evaluate(Classification(), model, images, False)
-        assert (told["test_loss"], told["test_score"]) == pytest.approx(expected, rel=1e-5)
+            if scheduler is not None:
+                scheduler.step()
+        assert ended["train_loss"] == pytest.approx(sum(losses) / STEPS, rel=1e-5)
+        expected = evaluate(Classification(), model, images)
+        assert (ended["test_loss"], ended["test_score"]) == pytest.approx(expected, rel=1e-5)
     assert same_bits(last_state(tmp_path)["model"], dict(model.state_dict()))
 
 
@@ -100,7 +103,7 @@ def test_the_fisher_is_of_the_tasks_own_likelihood(model, tmp_path, monkeypatch)
         seen.append((likelihood, outputs.dtype))
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(building.METHODS["tekfac"], "accumulate_fisher", accumulate)
+    monkeypatch.setattr(TEKFAC, "accumulate_fisher", accumulate)
     with pytest.raises(RuntimeError, match="enough"):
         run(tiny(model=model, fisher="mc", bf16=True), tmp_path)
     likelihood = {"mlp": "categorical", "autoencoder": "bernoulli"}[model]
@@ -180,9 +183,12 @@ def test_checkpoints_that_take_long_are_not_made_after_every_epoch(cheap, tmp_pa
 def test_a_bar_is_shown_where_somebody_looks(tmp_path, monkeypatch):
     shown = []
     tqdm = training.tqdm
-    monkeypatch.setattr(
-        training, "tqdm", lambda **how: shown.append(how["disable"]) or tqdm(**how | {"disable": 1})
-    )
+
+    def noted(**named):
+        shown.append(named["disable"])
+        return tqdm(**named | {"disable": 1})
+
+    monkeypatch.setattr(training, "tqdm", noted)
     for bar in (True, False):
         training.train(tiny("sgd"), tmp_path / str(bar), device="cpu", bar=bar)
     assert shown == [None, True]  # None: if standard error is a terminal

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tekfac_edu.experiments import building, tuning
-from tekfac_edu.experiments.configuration import KRONECKER, OPTIMIZERS
+from tekfac_edu.experiments import building, training, tuning
+from tekfac_edu.experiments.methods import KRONECKER, OPTIMIZERS
 from tekfac_edu.experiments.racing import race, settings_of
 from tekfac_edu.experiments.records import read_races
 from tekfac_edu.experiments.tuning import compass_search, tune
@@ -139,24 +139,24 @@ def test_half_decades_from_a_start_of_one_digit_come_back_to_it(start):
 @pytest.fixture
 def trained(monkeypatch):
     """Configurations for which `train` had something to do."""
-    done, train = [], tuning.train
+    done, train = [], training.train
 
     def counted(configuration, folder, *arguments, **named):
         if not (folder / "record.json").exists():
             done.append(configuration)
         return train(configuration, folder, *arguments, **named)
 
-    monkeypatch.setattr(tuning, "train", counted)
+    monkeypatch.setattr(training, "train", counted)
     return done
 
 
 def test_every_optimizer_has_the_same_trials_on_a_held_out_part(tmp_path, monkeypatch, trained):
     """With test labels that cannot be looked at without an error."""
     monkeypatch.setattr(building, "_load", lambda *_: poisoned())
-    told = []
-    tuned = tune(tiny_preset(), tmp_path, trials=4, progress=told.append, **HOW)
-    assert list(tuned) == list(OPTIMIZERS) and len(told) == 6
-    assert [line.split(":")[0] for line in told] == list(OPTIMIZERS)
+    lines = []
+    tuned = tune(tiny_preset(), tmp_path, trials=4, progress=lines.append, **HOW)
+    assert list(tuned) == list(OPTIMIZERS) and len(lines) == 6
+    assert [line.split(":")[0] for line in lines] == list(OPTIMIZERS)
     for optimizer in OPTIMIZERS:
         trials = [c for c in trained if c.optimizer == optimizer]
         assert len(trials) == len(set(trials)) == 4
@@ -167,8 +167,8 @@ def test_every_optimizer_has_the_same_trials_on_a_held_out_part(tmp_path, monkey
     assert not runs and len(trials) == 24
     assert {(t["train_images"], t["test_images"]) for t in trials} == {(1293, 144)}
     for optimizer, settings in tuned.items():
-        mine = [t for t in trials if t["configuration"]["optimizer"] == optimizer]
-        best = min(mine, key=lambda trial: trial["epochs"][-1]["test_loss"])["configuration"]
+        ours = [t for t in trials if t["configuration"]["optimizer"] == optimizer]
+        best = min(ours, key=lambda trial: trial["epochs"][-1]["test_loss"])["configuration"]
         assert settings == {name: best[name] for name in settings}
     with pytest.raises((IndexError, RuntimeError)):  # the poison is one: a race looks at it
         race(tiny_preset(), tmp_path, ["sgd"], [0], **HOW)

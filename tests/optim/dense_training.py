@@ -1,6 +1,6 @@
 """The whole optimizer by dense matrices, on a network of its own that it never meets.
 
-    m ← τ m + direction,   p ← p − lr · weight_decay · p − lr · m     direction = (F̂ + λ)⁻¹ vec(∇)
+    m ← τ m + direction,   p ← p − lr · weight_decay · p − lr · m     direction = λ (F̂ + λ)⁻¹ vec(∇)
 
 Every step: numerators of the factors, then bases (the averaged matrix loses what is off its
 diagonal there), then second moments in the new basis, then the update. No inverse is clever.
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import nn
+
+from tekfac_edu.optim import Added, ByTrace, Paper
 
 from .oracles import (
     factors_of_independence,
@@ -28,24 +30,31 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 @dataclass
 class Settings:
-    """The optimizer's own names; intervals are those of factors, bases and scales."""
+    """What the optimizer is told; `interval` is that of factors, bases and eigenvalues.
 
-    lr: float = 0.1
+    `rule` is "Paper", "Added" or "ByTrace"; `multiplier` and `floor` are for the last of them.
+    """
+
+    lr: float = 0.005
     momentum: float = 0.0
     weight_decay: float = 0.0
     damping: float = 0.05
-    damping_policy: str = "constant"
-    damping_rule: str = "paper"
-    trace_multiplier: float = 1.0
-    trace_floor: float = 1e-8
-    factor_interval: int = 1
-    eigen_interval: int = 1
-    scale_interval: int = 1
-    warmup_steps: int = 0
-    factor_decay: float = 0.95
-    scale_decay: float = 0.95
-    lr_scale: str = "natural"
-    lr_other: float | None = None
+    rule: str = "Paper"
+    multiplier: float = 1.0
+    floor: float = 1e-8
+    interval: tuple = (1, 1, 1)
+    warmup: int = 0
+    decay: float = 0.95
+
+    def arguments(self):
+        """Keyword arguments of an optimizer, the damping as one of its rules."""
+        rules = {
+            "Paper": Paper(self.damping),
+            "Added": Added(self.damping),
+            "ByTrace": ByTrace(self.damping, multiplier=self.multiplier, floor=self.floor),
+        }
+        names = ("lr", "momentum", "weight_decay", "interval", "warmup", "decay")
+        return {name: getattr(self, name) for name in names} | {"damping": rules[self.rule]}
 
 
 class DenseLayer:
@@ -57,13 +66,14 @@ class DenseLayer:
 
     def update(self, step, a, g):
         s = self.settings
-        if step < s.warmup_steps:
+        factors, bases, eigenvalues = s.interval
+        if step < s.warmup:
             step = 0  # every interval divides it
-        if step % s.factor_interval == 0:
+        if step % factors == 0:
             independence = self.method in INDEPENDENCE
             rule = factors_of_independence if independence else trace_restricted_numerators
-            self.numerators = averaged(self.numerators, rule(a, g), s.factor_decay)
-        if step % s.eigen_interval == 0:
+            self.numerators = averaged(self.numerators, rule(a, g), s.decay)
+        if step % bases == 0:
             if self.method in INDEPENDENCE:
                 self.held = (1.0, *self.numerators)
             else:
@@ -72,19 +82,19 @@ class DenseLayer:
             self.bases = [np.linalg.eigh(S)[1] for S in self.held[1:]]
             if self.scaled is not None:
                 self.scaled = diagonal_in(self.bases, self.scaled)
-        if step % s.scale_interval == 0:
+        if step % eigenvalues == 0:
             G = np.einsum("snto,nti->snoi", g, a)
             Q = np.kron(*self.bases)
             new = (Q * vec(second_moments(G, *self.bases))) @ Q.T
             old = None if self.scaled is None else (self.scaled,)
-            (self.scaled,) = averaged(old, (new,), s.scale_decay)
+            (self.scaled,) = averaged(old, (new,), s.decay)
 
     def dense(self):
         scale, left, right = self.held
         return self.scaled if self.method in CORRECTED else scale * np.kron(left, right)
 
     def damped(self, damping):
-        if self.method in CORRECTED or self.settings.damping_rule == "added":
+        if self.method in CORRECTED or self.settings.rule == "Added":
             return self.dense() + damping * np.eye(len(self.dense()))
         scale, left, right = self.held
         root, share = np.sqrt(damping), 1.0
@@ -137,41 +147,35 @@ class DenseTraining:
         for module, layer in self.layers.items():
             self.step_layer(module, layer, damping[module], gradients)
         for parameter in set(parameters).difference(*map(trained, self.layers)):
-            self.move(parameter, gradients[parameter], self.lr_other())
+            self.move(parameter, gradients[parameter])
         self.steps += 1
 
     def dampings(self):
         s = self.settings
-        if s.damping_policy == "constant":
+        if s.rule != "ByTrace":
             return dict.fromkeys(self.layers, s.damping)
         own = {
-            module: s.trace_multiplier * max(np.trace(F), s.trace_floor) / len(F)
+            module: s.multiplier * max(np.trace(F), s.floor) / len(F)
             for module, F in ((module, layer.dense()) for module, layer in self.layers.items())
             if isinstance(module, CONVOLUTIONS)
         }
         pace = max(own.values(), default=1.0)
         return {module: own.get(module, pace * s.damping) for module in self.layers}
 
-    def lr_other(self):
-        s = self.settings
-        if s.lr_other is not None:
-            return s.lr_other
-        return s.lr if s.lr_scale == "sgd" else s.lr / s.damping
-
     def step_layer(self, module, layer, damping, gradients):
         M = weight_matrix(*[gradients[parameter] for parameter in trained(module)])
-        direction = np.linalg.solve(layer.damped(damping), vec(M)).reshape(M.shape, order="F")
-        if self.settings.lr_scale == "sgd":
-            direction = damping * direction
+        solved = np.linalg.solve(layer.damped(damping), vec(M))
+        direction = damping * solved.reshape(M.shape, order="F")
         kernel = module.weight[0].numel()
         parts = [
             direction[:, :kernel].reshape(module.weight.shape),
             direction[:, kernel:].flatten(),
         ]
         for parameter, part in zip(trained(module), parts, strict=False):
-            self.move(parameter, torch.tensor(part), self.settings.lr)
+            self.move(parameter, torch.tensor(part))
 
-    def move(self, parameter, direction, lr):
+    def move(self, parameter, direction):
+        lr = self.settings.lr
         velocity = self.settings.momentum * self.velocities.get(parameter, 0) + direction
         self.velocities[parameter] = velocity
         with torch.no_grad():

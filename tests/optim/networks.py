@@ -17,6 +17,17 @@ def double_precision(make):
         return make().double()
 
 
+def gaussian(*shape, seed=0):
+    """Normal numbers in float64 that depend on nothing but the seed."""
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+
+def orthogonal(*shape, seed=0):
+    """Orthogonal matrices (..., d, d)."""
+    return torch.linalg.qr(gaussian(*shape, shape[-1], seed=seed))[0]
+
+
 class OneLayer(nn.Module):
     """`layer`, tanh, and a linear head over everything that comes out."""
 
@@ -69,9 +80,9 @@ class OnSequenceAndSummary(nn.Module):
 class TwoSizesOfPicture(nn.Module):
     """One convolution on a picture and on its half: calls with unequal positions."""
 
-    def __init__(self):
+    def __init__(self, layer, channels):
         super().__init__()
-        self.layer, self.head = nn.Conv2d(2, 3, 3), nn.Linear(6, CLASSES)
+        self.layer, self.head = layer(), nn.Linear(2 * channels, CLASSES)
 
     def forward(self, x):
         small = nn.functional.avg_pool2d(x, 2)
@@ -123,12 +134,13 @@ def one_layer(name, shape, kind, *sizes, activation=None, freeze=(), **options):
     return Case(name, network, shape)
 
 
-def conv2d(name, kernel=3, picture=(5, 4), **options):
-    return one_layer(f"Conv2d, {name}", (2, *picture), nn.Conv2d, 2, 3, kernel, **options)
+def conv2d(name, kernel=3, picture=(5, 4), channels=(2, 3), **options):
+    shape = (channels[0], *picture)
+    return one_layer(f"Conv2d, {name}", shape, nn.Conv2d, *channels, kernel, **options)
 
 
-def conv1d(name, kernel=3, **options):
-    return one_layer(f"Conv1d, {name}", (2, 8), nn.Conv1d, 2, 3, kernel, **options)
+def conv1d(name, kernel=3, channels=(2, 3), **options):
+    return one_layer(f"Conv1d, {name}", (channels[0], 8), nn.Conv1d, *channels, kernel, **options)
 
 
 CASES = [
@@ -170,6 +182,39 @@ CASES = [
     ),
     conv2d("in-place ReLU after it", activation=nn.ReLU(True)),
     conv2d("frozen bias", freeze=["bias"]),
+    conv1d("depthwise", channels=(2, 2), groups=2),
+    conv1d(
+        "two groups, strided, dilated, padded",
+        channels=(4, 6),
+        groups=2,
+        stride=2,
+        dilation=2,
+        padding=1,
+    ),
+    conv2d("two groups", channels=(4, 6), groups=2),
+    conv2d("two groups, no bias", channels=(4, 4), groups=2, bias=False),
+    conv2d("two groups, frozen bias", channels=(4, 4), groups=2, freeze=["bias"]),
+    conv2d("two groups, one position", (1, 2), (1, 2), (4, 6), groups=2),
+    conv2d(
+        "two groups, everything differs by axis",
+        kernel=(3, 2),
+        channels=(4, 6),
+        groups=2,
+        stride=(2, 1),
+        padding=(1, 2),
+        dilation=(1, 2),
+        picture=(6, 4),
+    ),
+    conv2d("two groups, four positions, six outputs", (3, 4), (4, 5), (2, 12), groups=2),
+    conv2d("depthwise", channels=(3, 3), groups=3),
+    conv2d("depthwise, kernel 1", kernel=1, channels=(3, 3), groups=3),
+    conv2d(
+        "depthwise with a multiplier, same, even kernel",
+        kernel=(2, 4),
+        channels=(2, 6),
+        groups=2,
+        padding="same",
+    ),
     Case(
         "Linear in the middle",
         partial(InTheMiddle, partial(nn.Linear, 4, 5), partial(nn.Linear, 5, 4), 4),
@@ -184,11 +229,37 @@ CASES = [
         (2, 5, 4),
         ("first", "layer", "head"),
     ),
+    Case(
+        "Conv2d, depthwise and pointwise",
+        partial(
+            InTheMiddle,
+            partial(nn.Conv2d, 3, 6, 3, groups=3, padding=1),
+            partial(nn.Conv2d, 6, 2, 1),
+            40,
+        ),
+        (3, 5, 4),
+        ("first", "layer", "head"),
+    ),
     Case("Linear, used twice", Twice, (4,)),
     Case("Linear, used on a sequence and on its mean", OnSequenceAndSummary, (3, 4)),
-    Case("Conv2d, used on two sizes of picture", TwoSizesOfPicture, (2, 8, 6)),
+    Case(
+        "Conv2d, used on two sizes of picture",
+        partial(TwoSizesOfPicture, partial(nn.Conv2d, 2, 3, 3), 3),
+        (2, 8, 6),
+    ),
+    Case(
+        "Conv2d, two groups, used on two sizes of picture",
+        partial(TwoSizesOfPicture, partial(nn.Conv2d, 4, 4, 3, groups=2), 4),
+        (4, 8, 6),
+    ),
     Case("two calls of the network in one loss", TwoCalls, (8,)),
 ]
+
+
+def chosen(*names):
+    """The cases of these names."""
+    by_name = {case.name: case for case in CASES}
+    return [by_name[name] for name in names]
 
 
 def mlp(activation=nn.Tanh):
@@ -212,6 +283,29 @@ def cnn():
             nn.Linear(3, CLASSES),
         )
     )
+
+
+def separable():
+    """Convolutions in groups, with a multiplier and pointwise, a dense layer: (4, 5, 5)."""
+    return double_precision(
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.Tanh(),
+            nn.Conv2d(4, 8, 2, groups=4, bias=False),
+            nn.Tanh(),
+            nn.Conv2d(8, 3, 1),
+            nn.AvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(3, CLASSES),
+        )
+    )
+
+
+NETWORKS = {  # and the shape of one example
+    "dense": (mlp, (4,)),
+    "convolutions": (cnn, (1, 6, 6)),
+    "groups": (separable, (4, 5, 5)),
+}
 
 
 def batches(shape, steps, N=12, seed=3):

@@ -4,8 +4,9 @@
 
 Every example goes through the model on its own, as a batch of one; patches are cut out of a padded
 input by counting. Shapes: a (N, T, d_in), g (S, N, T, d_out), with T = 1 for a layer without
-positions. An *objective* is a scalar of one example; its gradient is one of the S vectors that the
-example sends back. Give these functions a model that no optimizer has touched.
+positions; of a convolution in groups these with an axis of groups in front. An *objective* is a
+scalar of one example; its gradient is one of the S vectors that the example sends back. Give these
+functions a model that no optimizer has touched.
 """
 
 from functools import cache
@@ -68,13 +69,34 @@ def weight_matrix(weight, bias=None):
     return matrix if bias is None else np.hstack([matrix, bias.detach().numpy()[:, None]])
 
 
+def groups_of(module):
+    """How many independent maps side by side a module is."""
+    return getattr(module, "groups", 1)
+
+
+def by_group(module, formula, *arrays):
+    """A formula of one group's arrays; of a module in groups, of each group's, one by one."""
+    if groups_of(module) == 1:
+        return formula(*arrays)
+    results = [formula(*group) for group in zip(*arrays, strict=True)]
+    if isinstance(results[0], tuple):
+        return tuple(map(np.stack, zip(*results, strict=True)))
+    return np.stack(results)
+
+
+def matrices(module, parameters):
+    """`weight_matrix` of each group of a module's, from its parameters or tensors like them."""
+    matrix, groups = weight_matrix(*parameters), groups_of(module)
+    return matrix if groups == 1 else np.array(np.split(matrix, groups))
+
+
 def per_example_gradients(model, module, objectives, batch):
     """∂(objective)/∂(W, b) for one module: (S, N, d_out, d_in). Nothing is said about a or g."""
     per_example = [
-        [weight_matrix(*_gradients(value, trained(module))) for value in objectives(model, *one)]
+        [matrices(module, _gradients(value, trained(module))) for value in objectives(model, *one)]
         for one in examples(batch)
     ]
-    return np.swapaxes(np.array(per_example), 0, 1)
+    return np.moveaxis(np.array(per_example), (1, 0), (-4, -3))
 
 
 def layer_rows(model, module, objectives, batch):
@@ -82,14 +104,14 @@ def layer_rows(model, module, objectives, batch):
     a, g = [], []
     for one in examples(batch):
         inputs, outputs, values = _watched(model, module, objectives, one)
-        a.append(np.concatenate([input_rows(module, x[0]) for x in inputs]))
+        a.append(np.concatenate([input_rows(module, x[0]) for x in inputs], -2))
         g.append(
             [
-                np.concatenate([output_rows(module, dy[0]) for dy in _gradients(value, outputs)])
+                np.concatenate([output_rows(module, y[0]) for y in _gradients(value, outputs)], -2)
                 for value in values
             ]
         )
-    return np.array(a), np.swapaxes(np.array(g), 0, 1)
+    return np.stack(a, -3), np.moveaxis(np.array(g), (1, 0), (-4, -3))
 
 
 def layer_rows_of_batch(model, module, loss_of, batch):
@@ -100,9 +122,9 @@ def layer_rows_of_batch(model, module, loss_of, batch):
     N = len(batch[0])
     inputs, outputs, (value,) = _watched(model, module, objectives_empirical(loss_of), batch)
     gradients = _gradients(N * value, outputs)
-    a = [np.concatenate([input_rows(module, x[n]) for x in inputs]) for n in range(N)]
-    g = [np.concatenate([output_rows(module, dy[n]) for dy in gradients]) for n in range(N)]
-    return np.array(a), np.array(g)[None]
+    a = [np.concatenate([input_rows(module, x[n]) for x in inputs], -2) for n in range(N)]
+    g = [np.concatenate([output_rows(module, dy[n]) for dy in gradients], -2) for n in range(N)]
+    return np.stack(a, -3), np.expand_dims(np.stack(g, -3), -4)
 
 
 def _watched(model, module, objectives, batch):
@@ -127,11 +149,15 @@ def _gradients(value, outputs):
 def input_rows(module, x):
     """One example's ā at every position: (T, d_in), from the module's input without batch axis."""
     x = x.numpy()
-    if isinstance(module, nn.Linear):
-        rows = [x[position] for position in np.ndindex(*x.shape[:-1])]
+    if groups_of(module) > 1:
+        channels = np.split(x, groups_of(module))
+        rows = np.stack([patches(module, of_one_group) for of_one_group in channels])
+    elif isinstance(module, nn.Linear):
+        rows = np.stack([x[position] for position in np.ndindex(*x.shape[:-1])])
     else:
         rows = patches(module, x)
-    return np.array([[*row, 1.0] if len(trained(module)) == 2 else row for row in rows])
+    ones = np.ones((*rows.shape[:-1], len(trained(module)) - 1))
+    return np.concatenate([rows, ones], -1)
 
 
 def output_rows(module, dy):
@@ -139,7 +165,9 @@ def output_rows(module, dy):
     dy = dy.numpy()
     if isinstance(module, nn.Linear):
         return np.array([dy[position] for position in np.ndindex(*dy.shape[:-1])])
-    return np.array([dy[(slice(None), *position)] for position in np.ndindex(*dy.shape[1:])])
+    rows = np.array([dy[(slice(None), *position)] for position in np.ndindex(*dy.shape[1:])])
+    groups = groups_of(module)
+    return rows if groups == 1 else np.stack(np.split(rows, groups, axis=1))
 
 
 def patches(module, x):

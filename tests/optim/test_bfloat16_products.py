@@ -2,30 +2,28 @@
 
 import pytest
 import torch
-from torch import nn
 
-from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
+from tekfac_edu.optim import Cost
 from tekfac_edu.optim.eigenbasis import precondition
+from tekfac_edu.optim.truncation import TruncatedBasis
 
-from .networks import batches, cnn
+from .networks import NETWORKS, batches, gaussian, orthogonal
+from .one_step import every_basis
+from .training import EVERY_STEP, assert_same_bits, parameters, train
 
-METHODS = [KFAC, EKFAC, TKFAC, TEKFAC]
 # two operands rounded to 8 bits, four products, rounding errors that add up at random
 BOUND = 0.02
 
 
-def problem(dtype, d_out=24, d_in=60, seed=0):
-    draw = torch.Generator().manual_seed(seed)
-    squares = [torch.randn(d, d, generator=draw, dtype=torch.float64) for d in (d_in, d_out)]
-    Q_in, Q_out = (torch.linalg.qr(square)[0].to(dtype) for square in squares)
-    M = torch.randn(d_out, d_in, generator=draw, dtype=torch.float64).to(dtype)
-    D = torch.rand(d_out, d_in, generator=draw, dtype=torch.float64).to(dtype) + 0.1
-    return M, Q_in, Q_out, D
-
-
+@pytest.mark.parametrize("blocks", [(), (3,)], ids=["one", "blocks"])
+@pytest.mark.parametrize("k", [60, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_rounded_products_are_near_and_are_rounded(dtype):
-    exact, cheap = precondition(*problem(dtype)), precondition(*problem(dtype), "bfloat16")
+def test_rounded_products_are_near_and_are_rounded(dtype, k, blocks):
+    formula = precondition if k == 60 else TruncatedBasis.precondition
+    M, Q_out = gaussian(*blocks, 24, 60), orthogonal(*blocks, 24, seed=1)
+    Q_in, D = orthogonal(*blocks, 60, seed=2)[..., :k], gaussian(*blocks, 24, k + (k < 60), seed=3)
+    tensors = [tensor.to(dtype) for tensor in (M, Q_in, Q_out, D.square() + 0.1)]
+    exact, cheap = formula(*tensors), formula(*tensors, "bfloat16")
     assert cheap.dtype == dtype
     distance = (cheap - exact).norm() / exact.norm()
     assert 1e-4 < distance < BOUND
@@ -40,29 +38,25 @@ def test_the_division_is_in_full():
     assert not torch.equal(found, 1 / D.bfloat16().float())
     # the same with a third direction left out, whose share is as good as infinite
     M, D = torch.ones(1, 3), torch.cat([D, torch.tensor([[2.0**60]])], 1)
-    found = precondition(M, torch.eye(3)[:, :2], torch.eye(1), D, "bfloat16")
+    found = TruncatedBasis.precondition(M, torch.eye(3)[:, :2], torch.eye(1), D, "bfloat16")
     assert torch.equal(found, (1 / D).bfloat16().float())
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
-def test_a_step_moves_nearly_as_in_full_and_keeps_the_same_statistics(method):
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("input_rank", [None, 3])
+@every_basis
+def test_a_step_moves_nearly_as_in_full_and_keeps_the_same_statistics(
+    method, eigenbasis, input_rank, network
+):
+    make, shape = NETWORKS[network]
     moved, states = [], []
     for precision in ("full", "bfloat16"):
-        model = cnn()
-        before = nn.utils.parameters_to_vector(model.parameters()).detach()
-        optimizer = method(model, 0.01, momentum=0.0, precision=precision)
-        x, y = next(iter(batches((1, 6, 6), 8)))
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        moved.append(nn.utils.parameters_to_vector(model.parameters()).detach() - before)
-        states.append(optimizer.curvatures[optimizer.layers[0]])
+        model, start = make(), make()
+        cost = Cost(precision=precision, input_rank=input_rank, eigenbasis=eigenbasis)
+        optimizer = method(model, 0.1, momentum=0.0, damping=0.1, cost=cost, **EVERY_STEP)
+        train(model, optimizer, batches(shape, 1, N=8))
+        moved.append(parameters(model) - parameters(start))
+        states.append(optimizer.state_dict()["curvatures"])
     distance = (moved[1] - moved[0]).norm() / moved[0].norm()
     assert 0 < distance < BOUND
-    for name in ("Q_in", "Q_out", "eigenvalues"):
-        assert torch.equal(getattr(states[0], name), getattr(states[1], name))
-
-
-@pytest.mark.parametrize("precision", ["float16", "bf16", None, torch.bfloat16])
-def test_other_precisions_are_refused(precision):
-    with pytest.raises(ValueError, match="precision"):
-        TEKFAC(nn.Linear(2, 2), 0.1, precision=precision)
+    assert_same_bits(*states)

@@ -1,13 +1,14 @@
 """If this fails, a layer whose forward pass is run twice (to save memory) counts twice, or not."""
 
 import pytest
+import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from tekfac_edu.optim import TEKFAC
 
 from .networks import CLASSES, batches, double_precision
+from .scenarios.accumulating import step_in_parts
 from .training import EVERY_STEP, UNEVEN, assert_same_bits, every_method, everything, train
 
 every_kind = pytest.mark.parametrize("use_reentrant", [True, False])
@@ -35,16 +36,10 @@ class Net(nn.Module):
 def trained(method, use_reentrant, shared=False, fisher="empirical", parts=1):
     model = double_precision(lambda: Net(shared))
     model.use_reentrant = use_reentrant
-    optimizer = method(model, 0.1, damping=0.1, fisher=fisher, **UNEVEN)
+    optimizer = method(model, 0.01, damping=0.1, fisher=fisher, **UNEVEN)
     for x, y in batches((4,), 6):
-        optimizer.zero_grad()
-        for x_part, y_part in zip(x.chunk(parts), y.chunk(parts), strict=True):
-            # a reentrant checkpoint has gradients only if its input asks for them
-            outputs = model(x_part.clone().requires_grad_())
-            if fisher != "empirical":
-                optimizer.accumulate_fisher(outputs)
-            (functional.cross_entropy(outputs, y_part) / parts).backward()
-        optimizer.step()
+        x.requires_grad_()  # a reentrant checkpoint has gradients only if its input asks for them
+        step_in_parts(model, optimizer, (x, y), torch.arange(len(x)).reshape(parts, -1).tolist())
     return everything(model, optimizer)
 
 
@@ -78,7 +73,7 @@ def test_a_forward_pass_that_is_not_trained_on_counts_nothing(use_reentrant):
     for peek in (False, True):
         model = double_precision(Net)
         model.use_reentrant = use_reentrant
-        optimizer = TEKFAC(model, 0.1, damping=0.1, **EVERY_STEP)
+        optimizer = TEKFAC(model, 0.01, damping=0.1, **EVERY_STEP)
         for x, y in batches((4,), 3):
             x.requires_grad_()
             if peek:

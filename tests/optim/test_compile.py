@@ -25,7 +25,7 @@ def nothing_compiled_before():
 
 
 def trained(model, called, stream, **options):
-    optimizer = TEKFAC(called, 0.05, damping=0.1, **UNEVEN, **options)
+    optimizer = TEKFAC(called, 0.005, damping=0.1, **UNEVEN, **options)
     train(called, optimizer, stream)
     return everything(model, optimizer)
 
@@ -45,7 +45,7 @@ def test_it_does_not_matter_which_of_the_two_the_optimizer_is_given():
     for give_compiled in (False, True):
         model = mlp()
         compiled = torch.compile(model, backend="eager")
-        optimizer = TEKFAC(compiled if give_compiled else model, 0.1, **EVERY_STEP)
+        optimizer = TEKFAC(compiled if give_compiled else model, 1e-3, **EVERY_STEP)
         train(compiled, optimizer, batches((4,), 2))
         assert [row.name for row in optimizer.report().rows] == ["0", "2"]
         results.append(everything(model, optimizer))
@@ -68,7 +68,7 @@ def test_a_second_optimizer_sees_the_model_that_was_compiled_for_the_first():
     compiled = torch.compile(model, backend="eager")
     for called in (plain, compiled):
         for _ in range(2):
-            train(called, TEKFAC(called, 0.1, **EVERY_STEP), batches((4,), 2))
+            train(called, TEKFAC(called, 1e-3, **EVERY_STEP), batches((4,), 2))
     assert torch.equal(parameters(model), parameters(plain))
 
 
@@ -78,7 +78,7 @@ def test_a_model_compiled_and_trained_before_the_optimizer_was_built_is_refused(
     model = mlp()
     compiled = torch.compile(model, backend=backend)
     functional.cross_entropy(compiled(BATCH[0]), BATCH[1]).backward()
-    optimizer = TEKFAC(compiled, 0.1)
+    optimizer = TEKFAC(compiled, 1e-3)
     before = parameters(model)
     with pytest.raises(RuntimeError, match=r"0 \(Linear\).*torch\.compile"):
         train(compiled, optimizer, [BATCH])

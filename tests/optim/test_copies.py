@@ -1,15 +1,13 @@
 """If this fails, a copied or pickled run is a broken one, or one that disturbs its original."""
 
-import copy
-import io
-import pickle
-
 import pytest
 import torch
 
 from tekfac_edu.optim import TEKFAC
 
 from .networks import batches, mlp
+from .scenarios.copying import every_way
+from .scenarios.resuming import through_a_file
 from .training import (
     UNEVEN,
     assert_same_bits,
@@ -17,31 +15,17 @@ from .training import (
     every_method,
     everything,
     parameters,
+    seeded,
     train,
 )
 
 STREAM = list(batches((4,), 9))
 
 
-def pickled(value):
-    return pickle.loads(pickle.dumps(value))
-
-
-def saved(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-every_way = pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
-
-
 def trained(method, fisher="empirical", steps=3):
     model = mlp()
-    generator = torch.Generator().manual_seed(4) if fisher == "mc" else None
-    settings = {"fisher": fisher, "generator": generator, **UNEVEN}
-    optimizer = method(model, 0.05, damping=0.1, **settings)
+    with seeded(4):
+        optimizer = method(model, 0.005, damping=0.1, fisher=fisher, **UNEVEN)
     train(model, optimizer, STREAM[:steps])
     return model, optimizer
 
@@ -87,7 +71,7 @@ def test_a_scheduler_may_be_copied_with_its_optimizer(duplicate):
     others = duplicate((model, optimizer, scheduler))
     run(model, optimizer, scheduler, STREAM[5:])
     run(*others, STREAM[5:])
-    assert optimizer.param_groups[0]["lr"] == 0.05 / 8
+    assert optimizer.param_groups[0]["lr"] == 0.005 / 8
     assert_same_bits(everything(*others[:2]), everything(model, optimizer))
 
 
@@ -112,10 +96,10 @@ def test_a_copied_model_is_a_plain_model_that_reports_to_nobody(method, duplicat
 def test_a_copied_model_takes_an_optimizer_of_its_own(duplicate):
     model, _watching = trained(TEKFAC)
     other = duplicate(model)
-    train(other, TEKFAC(other, 0.05, damping=0.1, **UNEVEN), STREAM[:3])
+    train(other, TEKFAC(other, 0.005, damping=0.1, **UNEVEN), STREAM[:3])
     fresh = mlp()
     fresh.load_state_dict(model.state_dict())
-    train(fresh, TEKFAC(fresh, 0.05, damping=0.1, **UNEVEN), STREAM[:3])
+    train(fresh, TEKFAC(fresh, 0.005, damping=0.1, **UNEVEN), STREAM[:3])
     assert torch.equal(parameters(other), parameters(fresh))
 
 
@@ -136,10 +120,7 @@ def test_an_average_of_the_model_is_kept_as_usual():
 def test_the_weights_of_a_watched_model_load_where_this_package_is_unknown():
     """A state_dict has tensors only: hooks leave no trace in it."""
     model, _ = trained(TEKFAC)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
-    assert list(torch.load(file, weights_only=True)) == list(mlp().state_dict())
+    assert list(through_a_file(model.state_dict())) == list(mlp().state_dict())
 
 
 @every_way

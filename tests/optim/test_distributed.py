@@ -2,29 +2,21 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
 
 from . import two_processes
-from .training import assert_same_bits, differences
-from .two_processes import FISHERS, LAYERS, METHODS, half_of, network, optimizer_for, result, run
+from .scenarios.ranks import needs_gloo, on_two_ranks
+from .training import assert_same_bits, differences, every_method
+from .two_processes import FISHERS, LAYERS, half_of, network, optimizer_for, result, run
 
-pytestmark = [
-    pytest.mark.skipif(
-        not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
-    ),
-    pytest.mark.usefixtures("one_thread"),  # as the ranks have
-]
-every_method = pytest.mark.parametrize("method", METHODS)
+pytestmark = [needs_gloo, pytest.mark.usefixtures("one_thread")]  # as the ranks have
 every_fisher = pytest.mark.parametrize("fisher", FISHERS)
-REFRESHES = 2  # steps 0 and 2 of four, with eigen_interval 2
+REFRESHES = 2  # steps 0 and 2 of four, with bases at every second
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the two ranks left, for all tests of this file: one spawn."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    multiprocessing.spawn(two_processes.main, (folder,), nprocs=2)
-    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(two_processes.play, tmp_path_factory.mktemp("ranks"))
 
 
 def by_one_process(method, fisher, part=slice(None)):
@@ -51,7 +43,7 @@ def follow(state, path):
 @every_method
 def test_halves_of_the_batch_on_two_ranks_equal_the_whole_on_one(ranks, method, fisher):
     whole = by_one_process(method, fisher)
-    halves = ranks[0][method, fisher]
+    halves = ranks[0][method.__name__, fisher]
     start = network().state_dict()
     assert all(not torch.equal(whole["model"][name], start[name]) for name in start)
     assert_close(halves["model"], whole["model"])
@@ -59,14 +51,15 @@ def test_halves_of_the_batch_on_two_ranks_equal_the_whole_on_one(ranks, method, 
         # bases may differ in sign; factors, D's trace and the parameters may not
         ours = halves["curvatures"][name]
         assert_close(ours["factors"], curvature["factors"])
-        trace = curvature["eigenvalues"].sum()
-        assert torch.allclose(ours["eigenvalues"].sum(), trace, rtol=1e-10, atol=0)
+        for key, value in curvature["eigenvalues"].items():
+            total = ours["eigenvalues"][key].sum()
+            assert torch.allclose(total, value.sum(), rtol=1e-10, atol=0)
 
 
 @every_fisher
 @every_method
 def test_the_ranks_end_with_the_same_bits(ranks, method, fisher):
-    one, other = (dict(rank[method, fisher]) for rank in ranks)
+    one, other = (dict(rank[method.__name__, fisher]) for rank in ranks)
     one.pop("decompositions"), other.pop("decompositions")
     assert_same_bits(one, other)
 
@@ -74,7 +67,7 @@ def test_the_ranks_end_with_the_same_bits(ranks, method, fisher):
 @every_fisher
 @every_method
 def test_each_layer_is_decomposed_by_one_rank_only_and_both_have_work(ranks, method, fisher):
-    counts = [rank[method, fisher]["decompositions"] for rank in ranks]
+    counts = [rank[method.__name__, fisher]["decompositions"] for rank in ranks]
     assert sum(counts) == REFRESHES * LAYERS * 2  # two factors each
     assert min(counts) > 0
 
@@ -83,7 +76,7 @@ def test_each_layer_is_decomposed_by_one_rank_only_and_both_have_work(ranks, met
 def test_without_a_group_nobody_talks(ranks, method):
     """Each rank is then a process by itself, with statistics of its own half."""
     for rank, results in enumerate(ranks):
-        alone = dict(results[method, "alone"])
+        alone = dict(results[method.__name__, "alone"])
         assert alone.pop("messages") == 0
         assert_same_bits(alone, by_one_process(method, "empirical", half_of(rank)))
 
@@ -96,3 +89,11 @@ def test_a_nan_on_one_rank_is_skipped_by_both(ranks):
         undisturbed = dict(results["TEKFAC", "empirical"])
         undisturbed.pop("decompositions")
         assert_same_bits(trained, undisturbed)
+
+
+def test_each_rank_of_a_group_draws_labels_of_its_own(ranks):
+    """With the same labels on all, examples of different ranks would not be independent."""
+    together, alone = ([rank["samples"][group] for rank in ranks] for group in ("default", "alone"))
+    assert not torch.equal(*together)
+    assert torch.equal(*alone)
+    assert torch.equal(together[0], alone[0])

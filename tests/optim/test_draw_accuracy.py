@@ -8,15 +8,15 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tekfac_edu import optim
+from tekfac_edu.optim import KFAC, TKFAC, Added, Cost
 
 from .networks import CLASSES, double_precision
-from .oracles import cross_entropy, objectives_empirical, per_example_gradients
+from .one_step import OBJECTIVES, corrected
+from .oracles import per_example_gradients
+from .training import every_method
 
 N, DRAWS = 24, 20
 DAMPING = 1e-2  # the default; between the mean and the largest eigenvalue of both convolutions
-every_method = pytest.mark.parametrize("method", ["KFAC", "EKFAC", "TKFAC", "TEKFAC"])
-corrected = pytest.mark.parametrize("method", ["EKFAC", "TEKFAC"])
 
 
 def network():
@@ -47,11 +47,10 @@ def batch():
 
 
 @cache
-def directions(method, step=0, damping=DAMPING, **options):
+def directions(method, step=0, damping=DAMPING, **drawn):
     """The preconditioned gradient of both convolutions, drawn as step `step` draws; curvatures."""
     model, (x, y) = network(), batch()
-    settings = {"damping": damping, "damping_rule": "added", **options}
-    optimizer = getattr(optim, method)(model, 0.0, process_group=None, **settings)
+    optimizer = method(model, 0.0, process_group=None, damping=Added(damping), cost=Cost(**drawn))
     optimizer.steps = step  # 0 is no special step: nothing is ready, so all is due
     functional.cross_entropy(model(x), y).backward()
     modules = [model[0], model[3]]
@@ -61,13 +60,13 @@ def directions(method, step=0, damping=DAMPING, **options):
     return [optimizer.precondition(*pair) for pair in pairs], list(optimizer.curvatures.values())
 
 
-def mean_distance(method, **options):
+def mean_distance(method, **drawn):
     """From the exact direction, relative, the mean over draws; one for each convolution."""
     exact, _ = directions(method)
     distances = [
         [
             ((ours - theirs).norm() / theirs.norm()).item()
-            for ours, theirs in zip(directions(method, step, **options)[0], exact, strict=True)
+            for ours, theirs in zip(directions(method, step, **drawn)[0], exact, strict=True)
         ]
         for step in range(DRAWS)
     ]
@@ -88,7 +87,7 @@ def test_four_rows_per_input_and_half_the_examples_are_within_the_error_of_their
     F̂ is one of (F̂ + λ)⁻¹ where F̂ ≫ λ, and less where not. (White noise, or λ far below the mean
     eigenvalue, would break the bound: no basis to estimate, or nothing to estimate it from.)
     """
-    distance = mean_distance(method, factor_rows=4, scale_examples=N // 2)
+    distance = mean_distance(method, factor_rows=4, eigenvalue_examples=N // 2)
     assert all(distance > 0)
     assert all(distance < np.sqrt(1 / 4 + 1 / 12))
 
@@ -100,14 +99,14 @@ def test_the_error_shrinks_as_rows_grow_and_ends_at_nothing(method):
     Of the other two methods it is the basis that is off, and it is only said to get better.
     """
     few, more, all_of_them = (mean_distance(method, factor_rows=r) for r in (2, 16, 1e9))
-    assert all(more < few / (2 if method in ("KFAC", "TKFAC") else 1))
+    assert all(more < few / (2 if method in (KFAC, TKFAC) else 1))
     assert all(all_of_them == 0)
 
 
 @corrected
 def test_the_error_shrinks_as_examples_grow_and_ends_at_nothing(method):
     """As √(1/n − 1/N): from 6 to 18 of 24 by the factor 3; 2 is demanded."""
-    few, more, all_of_them = (mean_distance(method, scale_examples=n) for n in (6, 18, N))
+    few, more, all_of_them = (mean_distance(method, eigenvalue_examples=n) for n in (6, 18, N))
     assert all(more < few / 2)
     assert all(all_of_them == 0)
 
@@ -124,15 +123,14 @@ def test_the_squared_error_of_drawn_examples_is_below_what_sampling_theory_prove
     n = N // 2
     exact, curvatures = directions(method, damping=damping)
     model = network()
-    objectives = objectives_empirical(cross_entropy)
     for i, index in enumerate((0, 3)):
-        G = per_example_gradients(model, model[index], objectives, batch())[0]
-        Q_in, Q_out = curvatures[i].Q_in.numpy(), curvatures[i].Q_out.numpy()
+        G = per_example_gradients(model, model[index], OBJECTIVES["empirical"], batch())[0]
+        Q_in, Q_out = (Q.numpy() for Q in curvatures[i].basis)
         squares = (Q_out.T @ G @ Q_in) ** 2
         variance = squares.var(0) / n * (N - n) / (N - 1)
         bound = ((Q_out.T @ exact[i].numpy() @ Q_in) ** 2 * variance).sum() / damping**2
         errors = [
-            directions(method, step, damping=damping, scale_examples=n)[0][i] - exact[i]
+            directions(method, step, damping=damping, eigenvalue_examples=n)[0][i] - exact[i]
             for step in range(DRAWS)
         ]
         found = np.mean([error.square().sum().item() for error in errors])

@@ -5,39 +5,33 @@ from math import ceil
 
 import numpy as np
 import pytest
-import torch
-from torch import distributed, multiprocessing
 
 from . import two_processes_drawing
 from .oracles import cross_entropy, objectives_empirical, per_example_gradients, second_moments
-from .training import assert_same_bits
-from .two_processes import METHODS, network
-from .two_processes_drawing import DRAWN, SCALE_EXAMPLES, N, half_of, stream
+from .scenarios.ranks import needs_gloo, on_two_ranks
+from .training import assert_same_bits, every_method
+from .two_processes import network
+from .two_processes_drawing import DRAWN, EXAMPLES, N, half_of, stream
 
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="no gloo"
-)
-every_method = pytest.mark.parametrize("method", METHODS)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What the two ranks left, for all tests of this file: one spawn."""
-    folder = str(tmp_path_factory.mktemp("ranks"))
-    multiprocessing.spawn(two_processes_drawing.main, (folder,), nprocs=2)
-    return [torch.load(f"{folder}/rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return on_two_ranks(two_processes_drawing.play, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("options", DRAWN)
 @every_method
 def test_the_ranks_end_with_the_same_bits(ranks, method, options):
-    assert_same_bits(*(rank[method, options] for rank in ranks))
+    assert_same_bits(*(rank[method.__name__, options] for rank in ranks))
 
 
 @every_method
 def test_ranks_take_turns_together_one_layer_at_a_time(ranks, method):
     for rank in ranks:
-        first, *later = rank[method, "turns"]["refreshed"]
+        first, *later = rank[method.__name__, "turns"]["refreshed"]
         assert first == [True] * 3
         assert all(sum(step) <= 1 for step in later)
         assert [sum(layer) for layer in zip(*later[:4], strict=True)] == [1, 1, 1]
@@ -47,12 +41,12 @@ def test_ranks_take_turns_together_one_layer_at_a_time(ranks, method):
 def test_each_rank_has_half_of_the_rows(ranks, method):
     """Of 0.7 · 10 wanted 3.5 each: one position of 4 examples; for all 7 it would take three."""
     for rank in ranks:
-        rows = rank[method, "rows"]["rows"]
+        rows = rank[method.__name__, "rows"]["rows"]
         assert set(rows) == {N // 2}
         assert len(rows) == 4  # steps 0, 2, 4, 6
 
 
-@pytest.mark.parametrize("n", SCALE_EXAMPLES)
+@pytest.mark.parametrize("n", EXAMPLES)
 def test_each_rank_measures_half_of_the_examples(ranks, n):
     for rank in ranks:
         assert rank["examples", n]["examples"] == [min(ceil(n / 2), N // 2)] * 3
@@ -71,7 +65,8 @@ def test_the_eigenvalues_are_those_of_examples_of_both_halves(ranks, n):
         objectives = objectives_empirical(cross_entropy)
         G = per_example_gradients(model, model[index], objectives, (x, y))
         curvature = ranks[0]["examples", n]["curvatures"][name]
-        Q_in, Q_out, D = (curvature[key].numpy() for key in ("Q_in", "Q_out", "eigenvalues"))
+        Q_in, Q_out = (curvature["basis"][key].numpy() for key in ("Q_in", "Q_out"))
+        D = curvature["eigenvalues"]["D"].numpy()
         equal = [
             np.allclose(
                 second_moments(G[:, list(one + other)], Q_in, Q_out), D, rtol=1e-9, atol=1e-12

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from tekfac_edu import optim, reference
+from tekfac_edu import reference
+from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, Added
 
 from .networks import CASES, CLASSES, mlp
 from .oracles import (
@@ -19,10 +20,9 @@ from .oracles import (
     objectives_gaussian,
     per_example_gradients,
 )
+from .training import EVERY_STEP, every_method, seeded
 
-METHODS = ["KFAC", "EKFAC", "TKFAC", "TEKFAC"]
 DAMPING = 0.03
-EVERY_STEP = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
 OBJECTIVES = {
     "categorical": objectives_categorical,
     "bernoulli": objectives_bernoulli,
@@ -46,15 +46,14 @@ SHOWN = [
 ]
 # a warning about a network that is all right is a fault too
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-every_method = pytest.mark.parametrize("method", METHODS)
 every_likelihood = pytest.mark.parametrize("likelihood", LIKELIHOODS)
 every_sampled = pytest.mark.parametrize("fisher", ["mc", "exact"])
 
 
-def optimizer_for(model, method="TEKFAC", fisher="exact", seed=None, **options):
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
-    settings = {"damping": DAMPING, "process_group": None, "generator": generator} | EVERY_STEP
-    return getattr(optim, method)(model, 0.01, fisher=fisher, **settings | options)
+def optimizer_for(model, method=TEKFAC, fisher="exact", seed=0, **options):
+    settings = {"damping": DAMPING, "process_group": None} | EVERY_STEP
+    with seeded(seed):
+        return method(model, 3e-4, fisher=fisher, **settings | options)
 
 
 def fisher_step(optimizer, model, x, y, likelihood="categorical"):
@@ -79,7 +78,7 @@ def test_exact_is_the_sum_over_classes(name, likelihood, method):
         assert len(g) == CLASSES * (2 if likelihood == "bernoulli" else 1)
         M = torch.randn(g.shape[-1], a.shape[-1], generator=torch.Generator().manual_seed(4))
         M = M.double()
-        expected = getattr(reference, method).fit(a, g).precondition(M.numpy(), DAMPING)
+        expected = getattr(reference, method.__name__).fit(a, g).precondition(M.numpy(), DAMPING)
         assert_close(optimizer.precondition(model.get_submodule(layer), M), expected)
 
 
@@ -110,7 +109,7 @@ def estimated_blocks(likelihood, module_index, seed):
     model, pristine = mlp(), mlp()
     x = torch.randn(DRAWS_OF, 4, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
     many = x.repeat(COPIES, 1)
-    optimizer = optimizer_for(model, "KFAC", "mc", seed, damping_rule="added")
+    optimizer = optimizer_for(model, KFAC, "mc", seed, damping=Added(DAMPING))
     fisher_step(optimizer, model, many, torch.zeros(len(many), dtype=torch.long), likelihood)
     a, g = layer_rows(pristine, pristine[module_index], OBJECTIVES[likelihood], [x])
     d_in, d_out = a.shape[-1], g.shape[-1]
@@ -174,7 +173,7 @@ def test_one_draw_is_one_label_per_example():
     """With one example F̂ has rank one, and its trace is that of one of the classes."""
     model, pristine = mlp(), mlp()
     x, y = torch.ones(1, 4, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
-    optimizer = optimizer_for(model, "EKFAC", "mc", seed=3)
+    optimizer = optimizer_for(model, EKFAC, "mc", seed=3)
     fisher_step(optimizer, model, x, y)
     columns = []
     for j, i in np.ndindex(5, 5):
@@ -197,23 +196,34 @@ def test_one_draw_is_one_label_per_example():
     assert min(distances) < 1e-10
 
 
-def after_mc_steps(seed, steps=3):
-    model = mlp()
-    optimizer = optimizer_for(model, fisher="mc", seed=seed)
-    for step in range(steps):
-        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(step)).double()
-        optimizer.zero_grad()
-        fisher_step(optimizer, model, x, torch.arange(6) % CLASSES)
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+def sent_back(optimizer, model, x, likelihood="categorical"):
+    """The sampled vectors of one call, as the last layer saw them."""
+    optimizer.accumulate_fisher(model(x), likelihood=likelihood)
+    last = [use for use in optimizer.capture.uses if use.layer.module is model[-1]]
+    return last[-1].gradients[-1]
 
 
-def test_draws_come_from_the_generator_alone():
+@every_likelihood
+def test_samples_are_decided_by_seed_step_and_part_alone(likelihood):
+    """And by the rank (test_distributed); not by what else draws, nor by how often it is asked."""
+    model, x = mlp(), CASES[0].batch()[0].repeat(30, 1)
+    optimizer = optimizer_for(model, fisher="mc", seed=1)
     state = torch.get_rng_state()
-    first = after_mc_steps(seed=1)
+    first, second_part = (sent_back(optimizer, model, x, likelihood) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state), "the global generator was used"
+    optimizer.zero_grad()
     torch.rand(1)
-    assert torch.equal(first, after_mc_steps(seed=1))
-    assert not torch.equal(first, after_mc_steps(seed=2))
+    assert torch.equal(first, sent_back(optimizer, model, x, likelihood))
+    assert torch.equal(second_part, sent_back(optimizer, model, x, likelihood))
+    same = optimizer_for(model, fisher="mc", seed=1)
+    assert torch.equal(first, sent_back(same, model, x, likelihood))
+    other = optimizer_for(model, fisher="mc", seed=2)
+    optimizer.zero_grad()
+    optimizer.steps += 1
+    later = sent_back(optimizer, model, x, likelihood)
+    for vectors in (second_part, later, sent_back(other, model, x, likelihood)):
+        assert not torch.equal(first, vectors)
+    assert not torch.equal(second_part, later)
     torch.set_rng_state(state)
 
 
@@ -226,7 +236,7 @@ def test_gradients_are_those_of_a_run_without_the_call(fisher, likelihood):
     y = labels if likelihood == "categorical" else torch.eye(CLASSES).double()[labels]
     plain, model = case.make(), case.make()
     criterion(plain, x, y).backward()
-    optimizer = optimizer_for(model, fisher=fisher, seed=0)
+    optimizer = optimizer_for(model, fisher=fisher)
     outputs = model(x)
     optimizer.accumulate_fisher(outputs, likelihood=likelihood)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -241,34 +251,5 @@ def test_gradients_that_are_there_already_stay(fisher):
     x, _ = CASES[0].batch()
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 0.5)
-    optimizer_for(model, fisher=fisher, seed=0).accumulate_fisher(model(x))
+    optimizer_for(model, fisher=fisher).accumulate_fisher(model(x))
     assert all((parameter.grad == 0.5).all() for parameter in model.parameters())
-
-
-@every_sampled
-@every_method
-def test_a_forgotten_call_is_an_error_and_moves_nothing(method, fisher):
-    model, start = mlp(), mlp()
-    optimizer = optimizer_for(model, method, fisher, seed=0)
-    cross_entropy(model, *CASES[0].batch()).backward()
-    with pytest.raises(RuntimeError, match="accumulate_fisher"):
-        optimizer.step()
-    for one, other in zip(model.parameters(), start.parameters(), strict=True):
-        assert torch.equal(one, other)
-
-
-def test_the_call_may_be_left_out_where_no_statistic_is_due():
-    model = mlp()
-    intervals = dict.fromkeys(EVERY_STEP, 2)
-    optimizer = optimizer_for(model, fisher="exact", **intervals)
-    x, y = CASES[0].batch()
-    fisher_step(optimizer, model, x, y)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    optimizer.zero_grad()
-    cross_entropy(model, x, y).backward()
-    optimizer.step()
-    assert not any(map(torch.equal, before, model.parameters()))
-    optimizer.zero_grad()
-    cross_entropy(model, x, y).backward()
-    with pytest.raises(RuntimeError, match="accumulate_fisher"):
-        optimizer.step()

@@ -10,16 +10,16 @@ from .networks import batches, mlp
 from .training import EVERY_STEP, assert_same_bits, everything, parameters, train
 
 
-@pytest.mark.parametrize("how", ["scaled", "unscaled first", "with inf"])
-def test_a_grad_scaler_is_refused_by_name_and_an_ordinary_step_still_works(how):
+@pytest.mark.parametrize("attempt", ["scaled", "unscaled first", "with inf"])
+def test_a_grad_scaler_is_refused_by_name_and_an_ordinary_step_still_works(attempt):
     model = mlp()
-    optimizer = TEKFAC(model, 0.1, **EVERY_STEP)
+    optimizer = TEKFAC(model, 1e-3, **EVERY_STEP)
     scaler = torch.amp.GradScaler("cpu")
     stream = list(batches((4,), 3))
     x, y = stream[0]
     loss = functional.cross_entropy(model(x), y)
-    scaler.scale(loss * torch.inf if how == "with inf" else loss).backward()
-    if how == "unscaled first":
+    scaler.scale(loss * torch.inf if attempt == "with inf" else loss).backward()
+    if attempt == "unscaled first":
         scaler.unscale_(optimizer)
     before = everything(model, optimizer)
     with pytest.raises(RuntimeError, match=r"GradScaler.*bfloat16"):
@@ -27,16 +27,16 @@ def test_a_grad_scaler_is_refused_by_name_and_an_ordinary_step_still_works(how):
     assert_same_bits(everything(model, optimizer), before)
     train(model, optimizer, stream)
     undisturbed = mlp()
-    train(undisturbed, TEKFAC(undisturbed, 0.1, **EVERY_STEP), stream)
+    train(undisturbed, TEKFAC(undisturbed, 1e-3, **EVERY_STEP), stream)
     assert torch.equal(parameters(model), parameters(undisturbed))
 
 
 def test_a_disabled_grad_scaler_is_no_scaler():
     model, plain = mlp(), mlp()
-    optimizer, scaler = TEKFAC(model, 0.1), torch.amp.GradScaler("cpu", enabled=False)
+    optimizer, scaler = TEKFAC(model, 1e-3), torch.amp.GradScaler("cpu", enabled=False)
     (x, y), *_ = batches((4,), 1)
     scaler.scale(functional.cross_entropy(model(x), y)).backward()
     scaler.step(optimizer)
     scaler.update()
-    train(plain, TEKFAC(plain, 0.1), [(x, y)])
+    train(plain, TEKFAC(plain, 1e-3), [(x, y)])
     assert torch.equal(parameters(model), parameters(plain))

@@ -5,6 +5,7 @@ Nothing here waits for the garbage collector: what is deleted must go at once.
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def watched_storage(tensor):
 @every_method
 def test_an_optimizer_goes_when_it_is_deleted_and_leaves_no_hooks(method, fisher, steps):
     model = mlp()
-    optimizer = method(model, 0.1, fisher=fisher, **UNEVEN)
+    optimizer = method(model, 1e-3, fisher=fisher, **UNEVEN)
     train(model, optimizer, batches((4,), steps))
     optimizer.state_dict(), optimizer.report(), repr(optimizer)
     loss = backward(model, optimizer, *next(batches((4,), 1)))
@@ -63,7 +64,7 @@ def test_an_optimizer_goes_when_it_is_deleted_and_leaves_no_hooks(method, fisher
 @every_method
 def test_model_and_optimizer_go_when_they_are_deleted(method, fisher):
     model = cnn()
-    optimizer = method(model, 0.1, fisher=fisher, **UNEVEN)
+    optimizer = method(model, 1e-3, fisher=fisher, **UNEVEN)
     train(model, optimizer, batches((1, 6, 6), 3))
     backward(model, optimizer, *next(batches((1, 6, 6), 1)))
     objects = [model, optimizer, *model.modules(), *model.parameters()]
@@ -76,10 +77,18 @@ def test_model_and_optimizer_go_when_they_are_deleted(method, fisher):
 
 def test_a_refused_optimizer_leaves_no_hooks():
     model = mlp()
-    for settings in ({"lr": -1.0}, {"lr": 0.1, "plain_sgd": ["x"]}, {"lr": 0.1, "damping": 0.0}):
+    for settings in ({"lr": -1.0}, {"lr": 0.1, "plain": ["x"]}, {"lr": 0.1, "damping": 0.0}):
         with pytest.raises(ValueError):
             TEKFAC(model, **settings)
     assert hooks(model) == []
+
+
+def test_new_settings_and_a_loaded_state_leave_one_hook_a_layer():
+    model = mlp()
+    optimizer = TEKFAC(model, 1e-3, **UNEVEN)
+    optimizer.take(replace(optimizer.settings, fisher="exact"))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert len(hooks(model)) == 2
 
 
 def size_of_memory(value, seen):
@@ -101,7 +110,7 @@ def size_of_memory(value, seen):
 def test_nothing_grows_from_one_period_of_intervals_to_the_next(method, fisher):
     """Live tensors, and all that hangs on the optimizer, after steps 6, 12, 18 of 2, 3, 1."""
     model = mlp()
-    optimizer = method(model, 0.1, fisher=fisher, **UNEVEN)
+    optimizer = method(model, 1e-3, fisher=fisher, **UNEVEN)
     stream = list(batches((4,), 6))
     counts = []
     for _ in range(3):

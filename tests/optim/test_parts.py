@@ -4,16 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from tekfac_edu import optim
+from tekfac_edu.optim import TEKFAC
 from tekfac_edu.optim import batch as layer_batch
 
 from .networks import CASES, CLASSES, Case
 from .oracles import assert_close, cross_entropy
+from .scenarios.accumulating import one_part, step_in_parts
+from .training import EVERY_STEP, every_method
 
-METHODS = ["KFAC", "EKFAC", "TKFAC", "TEKFAC"]
 FISHERS = ["empirical", "exact"]
 SHOWN = ["Linear", "Linear, positions", "Conv2d, padding 1", "Linear, used twice"]
-EVERY_STEP = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
 WHOLE = [range(8)]
 SPLITS = {
     "two parts": [range(4), range(4, 8)],
@@ -24,7 +24,6 @@ SPLITS = {
 }
 # a warning about a network that is all right is a fault too
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-every_method = pytest.mark.parametrize("method", METHODS)
 every_fisher = pytest.mark.parametrize("fisher", FISHERS)
 every_case = pytest.mark.parametrize(
     "case", [case for case in CASES if case.name in SHOWN], ids=lambda case: case.name
@@ -34,23 +33,16 @@ every_case = pytest.mark.parametrize(
 class Run:
     """A network and its optimizer; after each step the weights and a probe of every layer."""
 
-    def __init__(self, case, method="TEKFAC", fisher="empirical", **options):
+    def __init__(self, case, method=TEKFAC, fisher="empirical", **options):
         self.case, self.model = case, case.make()
         settings = EVERY_STEP | {"damping": 0.03, "process_group": None, "fisher": fisher}
-        self.optimizer = getattr(optim, method)(self.model, 0.05, **settings | options)
-        self.fisher = fisher
+        self.optimizer = method(self.model, 0.0015, **settings | options)
 
-    def backward(self, x, y, share=1.0):
-        outputs = self.model(x)
-        if self.fisher != "empirical":
-            self.optimizer.accumulate_fisher(outputs)
-        (share * nn.functional.cross_entropy(outputs, y)).backward()
+    def backward(self, x, y):
+        one_part(self.model, self.optimizer, x, y)
 
     def step(self, batch, parts=WHOLE):
-        self.optimizer.zero_grad()
-        for part in parts:
-            self.backward(*[tensor[list(part)] for tensor in batch], share=1 / len(parts))
-        self.optimizer.step()
+        step_in_parts(self.model, self.optimizer, batch, parts)
 
     def probes(self):
         """Each layer's preconditioner on a matrix that is not symmetric in anything."""
@@ -153,8 +145,22 @@ def test_passes_that_are_not_training_leave_no_trace(method):
         disturbed.model.train()
         disturbed.backward(*case.batch(8, seed))
         cross_entropy(disturbed.model, x, y)
+        disturbed.model.eval()
+        disturbed.model(x)
+        disturbed.model.train()
+        with torch.no_grad():
+            disturbed.model(x)
         disturbed.optimizer.step()
     assert_same(disturbed, plain)
+
+
+def backward_of(losses, at_once):
+    """Of their sum; or of one after the other, on what the forward pass has left."""
+    if at_once:
+        sum(losses).backward()
+    else:
+        losses[0].backward(retain_graph=True)
+        losses[1].backward()
 
 
 @every_case
@@ -162,15 +168,10 @@ def test_passes_that_are_not_training_leave_no_trace(method):
 def test_two_losses_on_one_forward_pass_are_their_sum(case, method):
     summed, apart = Run(case, method), Run(case, method)
     x, y = case.batch(8)
-    other = (y + 1) % CLASSES
     for run in (summed, apart):
         outputs = run.model(x)
-        losses = [nn.functional.cross_entropy(outputs, labels) for labels in (y, other)]
-        if run is summed:
-            sum(losses).backward()
-        else:
-            losses[0].backward(retain_graph=True)
-            losses[1].backward()
+        labels = y, (y + 1) % CLASSES
+        backward_of([nn.functional.cross_entropy(outputs, y) for y in labels], run is summed)
         run.optimizer.step()
     assert_same(apart, summed)
 
@@ -196,11 +197,7 @@ def test_each_loss_of_a_network_with_two_heads_may_have_its_own_backward(method)
     x, y = case.batch(8)
     for run in (summed, apart):
         losses = [nn.functional.cross_entropy(outputs, y) for outputs in run.model(x)]
-        if run is summed:
-            sum(losses).backward()
-        else:
-            losses[0].backward(retain_graph=True)
-            losses[1].backward()
+        backward_of(losses, run is summed)
         run.optimizer.step()
     assert_same(apart, summed)
 
@@ -212,15 +209,9 @@ def test_two_losses_on_one_forward_pass_in_each_of_two_parts():
     for part in (slice(0, 4), slice(4, 8)):
         for run in (summed, apart):
             outputs = run.model(x[part])
-            losses = [
-                0.5 * nn.functional.cross_entropy(outputs, labels[part])
-                for labels in (y, (y + 1) % CLASSES)
-            ]
-            if run is summed:
-                sum(losses).backward()
-            else:
-                losses[0].backward(retain_graph=True)
-                losses[1].backward()
+            labels = y[part], (y[part] + 1) % CLASSES
+            losses = [0.5 * nn.functional.cross_entropy(outputs, y) for y in labels]
+            backward_of(losses, run is summed)
     for run in (summed, apart):
         run.optimizer.step()
     assert_same(apart, summed)

@@ -1,6 +1,5 @@
 """If this fails, a convolution's statistics are of pixels that its kernel does not see."""
 
-import math
 import warnings
 
 import numpy as np
@@ -9,22 +8,29 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from tekfac_edu.optim.patches import Grid, draw_grid, kernel_rows, patches, rows_of_basis
-from tekfac_edu.optim.rescaling import convolution_gradients, corrected_eigenvalues
+from tekfac_edu.optim.layers import factored_layer
+from tekfac_edu.optim.layers.patches import kernel_rows, patches, rows_of_basis
+from tekfac_edu.optim.sampling import Grid
 
 from . import oracles
-from .networks import CASES, double_precision
-from .oracles import assert_close
+from .networks import CASES, gaussian
+from .oracles import assert_close, by_group, groups_of
+
+
+def first_convolution(case):
+    return case.make().get_submodule(case.layers[0])
+
 
 CONVOLUTIONS = [case for case in CASES if case.name.startswith("Conv")]
+WHOLE = [case for case in CONVOLUTIONS if groups_of(first_convolution(case)) == 1]
 every_convolution = pytest.mark.parametrize("case", CONVOLUTIONS, ids=lambda case: case.name)
+every_whole_one = pytest.mark.parametrize("case", WHOLE, ids=lambda case: case.name)
 N = 3
 
 
 def convolution_and_input(case, memory="contiguous"):
     """The first convolution of a case and pictures for it, laid out in memory in some way."""
-    module = next(m for m in case.make().modules() if isinstance(m, nn.Conv1d | nn.Conv2d))
-    x, _ = case.batch(N)
+    module, (x, _) = first_convolution(case), case.batch(N)
     if memory == "channels last":
         x = x[:, :, None] if x.ndim == 3 else x
         x = x.to(memory_format=torch.channels_last)
@@ -73,7 +79,7 @@ def test_patches_are_those_of_torch_unfold(case, memory):
     assert torch.equal(patches(module, x), expected)
 
 
-@every_convolution
+@every_whole_one
 def test_patches_times_weight_are_the_output(case):
     module, x = convolution_and_input(case)
     weight = module.weight.flatten(1)
@@ -120,100 +126,44 @@ def test_kernel_rows_hold_the_columns_of_the_patches(case, memory):
                 assert np.array_equal(ours.numpy(), full[:, :, column])
 
 
-def random(*shape, seed=7):
-    draw = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-
-def random_orthogonal(size, seed):
-    return torch.linalg.qr(random(size, size, seed=seed))[0]
-
-
-@every_convolution
+@every_whole_one
 def test_the_sum_over_kernel_rows_is_the_product_with_patches(case):
     """Of any matrix in place of the basis: nothing here needs it to be orthogonal."""
     module, x = convolution_and_input(case)
     d_in = module.weight[0].numel() + (module.bias is not None)
-    Q = random(d_in, d_in + 1)
+    Q = gaussian(d_in, d_in + 1)
     full = rows_by_counting(module, x)
-    g = random(N, 4, full.shape[1], seed=8)
+    g = gaussian(N, 4, full.shape[1], seed=8)
     expected = [g[n].numpy() @ full[n] @ Q.numpy()[: full.shape[2]] for n in range(N)]
     pairs = zip(kernel_rows(module, x), rows_of_basis(module, Q), strict=True)
     assert_close(sum(g @ row.mT @ basis for row, basis in pairs), np.array(expected))
 
 
 @pytest.mark.parametrize("S", [1, 3])
+@pytest.mark.parametrize("columns", ["all", "three"])
 @every_convolution
-def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(case, S):
+def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(case, S, columns):
+    """In groups, of each in its own; and nothing that they are made of is touched."""
     module, x = convolution_and_input(case)
-    d_out, has_bias = module.out_channels, len(oracles.trained(module)) == 2
+    layer = factored_layer("layer", module, len(oracles.trained(module)) == 2)
     height, width = positions(module, x)
     image = (width,) if isinstance(module, nn.Conv1d) else (height, width)
-    g = random(S, N, d_out, *image)
-    a = np.array([oracles.input_rows(module, one) for one in x])
-    d_in = a.shape[2]
-    Q_in, Q_out = random_orthogonal(d_in, 1), random_orthogonal(d_out, 2)
-    expected = np.zeros((S, N, d_out, d_in))
-    for s, n in np.ndindex(S, N):
-        rows = oracles.output_rows(module, g[s, n])
-        G = sum(np.outer(rows[t], a[n, t]) for t in range(len(rows)))
-        expected[s, n] = Q_out.numpy().T @ G @ Q_in.numpy()
-    G, Q_in_by_row = convolution_gradients(module, x, g, has_bias, Q_in, Q_out)
-    assert_close(G @ Q_in_by_row, expected)
-    D = corrected_eigenvalues(torch.tensor(a), g.flatten(3).mT, Q_in, Q_out)
-    assert_close(D, (expected**2).sum((0, 1)) / N)
+    g = gaussian(S, N, module.out_channels, *image)
+    a = np.stack([oracles.input_rows(module, one) for one in x], -3)
+    rows = np.stack([np.stack([oracles.output_rows(module, one) for one in v], -3) for v in g], -4)
+    *blocks, d_out, d_in = layer.shape
+    k = d_in if columns == "all" else min(3, d_in)
+    Q_in, Q_out = gaussian(*blocks, d_in, k, seed=1), gaussian(*blocks, d_out, d_out, seed=2)
 
+    def turned(a, g, Q_in, Q_out):
+        G = np.zeros((S, N, d_out, d_in))
+        for s, n, t in np.ndindex(S, N, a.shape[1]):
+            G[s, n] += np.outer(g[s, n, t], a[n, t])
+        return Q_out.T @ G @ Q_in
 
-def test_gradients_of_a_convolution_do_not_touch_what_they_are_made_of():
-    """They are summed in place."""
-    module = double_precision(lambda: nn.Conv2d(2, 3, 3))
-    x, g = random(N, 2, 5, 4), random(1, N, 3, 3, 2)
-    Q_in, Q_out = random_orthogonal(19, 1), random_orthogonal(3, 2)
     inputs = [x, g, Q_in, Q_out]
     before = [tensor.clone() for tensor in inputs]
-    convolution_gradients(module, x, g, True, Q_in, Q_out)
+    G, Q_in_for_G = layer.turned_gradients(*inputs)
+    expected = by_group(module, turned, a, rows, Q_in.numpy(), Q_out.numpy())
+    assert_close(G @ Q_in_for_G[..., None, None, :, :], expected)
     assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
-
-
-SIZES = [(1, 1), (1, 12), (7, 1), (4, 6), (5, 3), (8, 8), (1, 13)]
-
-
-@pytest.mark.parametrize(("height", "width"), SIZES)
-def test_a_grid_has_at_least_the_positions_wanted_and_as_few_as_steps_that_divide_allow(
-    height, width
-):
-    total = height * width
-    possible = {
-        (height // down) * (width // right): down * right
-        for down in range(1, height + 1)
-        for right in range(1, width + 1)
-        if height % down == 0 and width % right == 0
-    }
-    draw = torch.Generator().manual_seed(0)
-    for wanted in [0.01, *range(1, total + 3), 2.5, total - 0.5, 10.0 * total]:
-        fewest = min((n for n in possible if n >= wanted), default=total)
-        grid = draw_grid(height, width, wanted, draw)
-        if fewest == total:
-            assert grid is None
-            continue
-        down, right = grid.steps
-        assert height % down == 0 and width % right == 0
-        taken = torch.ones(height, width)[grid.slices].sum()
-        assert taken == fewest
-        assert grid.share == possible[fewest] == math.prod(grid.steps)
-
-
-def test_of_equally_coarse_grids_the_squarest_is_taken():
-    draw = torch.Generator().manual_seed(0)
-    assert draw_grid(8, 8, 16, draw).steps == (2, 2)
-    assert draw_grid(8, 8, 4, draw).steps == (4, 4)
-
-
-def test_every_offset_is_drawn_about_as_often_from_the_seeds_of_successive_steps():
-    """600 draws of 6 offsets: each 100 ± 9.1 by the binomial; 5 standard deviations are allowed."""
-    counts = np.zeros((2, 3))
-    for seed in range(600):
-        grid = draw_grid(4, 6, 4, torch.Generator().manual_seed(seed))
-        assert grid.steps == (2, 3)
-        counts[grid.offsets] += 1
-    assert abs(counts - 100).max() < 46

@@ -19,15 +19,15 @@ import pytest
 import torch
 from torch import nn
 
-from tekfac_edu import optim
+from tekfac_edu.optim import EKFAC, KFAC, Added, Paper
 
 from .networks import CLASSES, double_precision
 from .oracles import assert_close, trained
+from .training import EVERY_STEP
 
 curvlinops = pytest.importorskip("curvlinops", reason="pip install curvlinops-for-pytorch")
 
 N, DAMPING = 9, 0.04
-EVERY_STEP = dict.fromkeys(["factor_interval", "eigen_interval", "scale_interval"], 1)
 NETWORKS = {
     "dense": ((4,), lambda: [nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, CLASSES, bias=False)]),
     "sequence": ((3, 4), lambda: [nn.Linear(4, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, CLASSES)]),
@@ -55,7 +55,11 @@ THEIR_FISHER = {
 every_network = pytest.mark.parametrize("network", NETWORKS)
 every_loss = pytest.mark.parametrize("loss", LOSSES)
 every_fisher = pytest.mark.parametrize("fisher", THEIR_FISHER)
-DAMPED = [("KFAC", "paper"), ("KFAC", "added"), ("EKFAC", "paper")]
+DAMPED = [(KFAC, Paper), (KFAC, Added), (EKFAC, Paper)]
+
+
+def by_name(pairs):
+    return pytest.mark.parametrize(("method", "rule"), pairs, ids=lambda x: x.__name__)
 
 
 def model_and_batch(network, loss):
@@ -78,8 +82,8 @@ def mean_over_examples(outputs, y):
 def our_preconditioner(network, loss, method, rule, fisher):
     """(direction, vector): our preconditioner on random numbers, in the order of parameters()."""
     model, x, y = model_and_batch(network, loss)
-    settings = EVERY_STEP | {"damping": DAMPING, "fisher": fisher, "process_group": None}
-    optimizer = getattr(optim, method)(model, 0.01, damping_rule=rule, **settings)
+    settings = EVERY_STEP | {"damping": rule(DAMPING), "fisher": fisher, "process_group": None}
+    optimizer = method(model, 4e-4, **settings)
     outputs = model(x)
     if fisher == "exact":
         likelihood = "categorical" if y.dtype == torch.int64 else "gaussian"
@@ -104,7 +108,7 @@ def our_preconditioner(network, loss, method, rule, fisher):
 
 def their_operator(network, loss, method, fisher):
     model, x, y = model_and_batch(network, loss)
-    return getattr(curvlinops, f"{method}LinearOperator")(
+    return getattr(curvlinops, f"{method.__name__}LinearOperator")(
         model,
         LOSSES[loss][0],
         list(model.parameters()),
@@ -116,14 +120,14 @@ def their_operator(network, loss, method, fisher):
     )
 
 
-@pytest.mark.parametrize(("method", "rule"), DAMPED)
+@by_name(DAMPED)
 @every_fisher
 @every_loss
 @every_network
 def test_the_damped_inverse_is_theirs(network, loss, method, rule, fisher):
     scale = LOSSES[loss][1][fisher]
     direction, vector = our_preconditioner(network, loss, method, rule, fisher)
-    split = method == "KFAC" and rule == "paper"
+    split = (method, rule) == (KFAC, Paper)
     inverse = curvlinops.KFACInverseLinearOperator(
         their_operator(network, loss, method, fisher),
         damping=scale * DAMPING,
@@ -134,7 +138,7 @@ def test_the_damped_inverse_is_theirs(network, loss, method, rule, fisher):
         assert_close(ours, scale * theirs.detach().numpy())
 
 
-@pytest.mark.parametrize(("method", "rule"), [("KFAC", "added"), ("EKFAC", "paper")])
+@by_name(DAMPED[1:])
 @every_fisher
 @every_loss
 @every_network

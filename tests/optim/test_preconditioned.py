@@ -5,155 +5,178 @@ import pytest
 import torch
 from torch import nn
 
+from tekfac_edu.optim import KFAC, TKFAC, Added, Cost, Paper
+from tekfac_edu.optim import curvature as curvature_module
 from tekfac_edu.optim.curvature import LayerCurvature, preconditioned
-from tekfac_edu.optim.factors import kfac_factors, trace_restricted_factors
+from tekfac_edu.optim.layers import factored_layer
 
-from .networks import CLASSES, batches, double_precision
-from .oracles import assert_close
+from .networks import CLASSES, NETWORKS, batches, double_precision, gaussian
+from .one_step import CORRECTED
+from .oracles import assert_close, by_group, matrices, vec
 from .training import EVERY_STEP, backward, every_method, train
 
-ESTIMATES = {
-    "KFAC": (kfac_factors, False),
-    "EKFAC": (kfac_factors, True),
-    "TKFAC": (trace_restricted_factors, False),
-    "TEKFAC": (trace_restricted_factors, True),
-}
-every_rule = pytest.mark.parametrize("rule", ["paper", "added"])
-every_kind = pytest.mark.parametrize("kind", ESTIMATES)
-# Three of one shape, two of another, one by itself, and the transposed shape.
-SHAPES = [(3, 5), (4, 4), (3, 5), (5, 3), (4, 4), (2, 7), (3, 5)]
-DAMPINGS = [0.5, 0.01, 2.0, 0.1, 3.0, 1e-4, 0.02]
+every_rule = pytest.mark.parametrize("rule", [Paper, Added])
+# Three of one shape, two of another, one by itself, the transposed shape, and two in groups.
+SHAPES = [(3, 5), (4, 4), (3, 5), (2, 3, 4), (5, 3), (4, 4), (2, 7), (3, 5), (2, 3, 4)]
+DAMPINGS = [0.5, 0.01, 2.0, 0.3, 0.1, 3.0, 1e-4, 0.02, 0.7]
 
 
-def curvature_of(kind, d_out, d_in, seed, dtype=torch.float64):
+def layer_of(*shape, dtype=torch.float64):
+    """Linear, or in groups a convolution with kernels of one row."""
+    if len(shape) == 2:
+        module = nn.Linear(*shape[::-1], bias=False)
+    else:
+        groups, d_out, d_in = shape
+        module = nn.Conv1d(groups, groups * d_out, d_in, groups=groups, bias=False)
+    return factored_layer("name", module.to(dtype), False)
+
+
+def curvature_of(method, shape, seed, dtype=torch.float64):
     """As after one step with uneven examples."""
-    estimate, corrected = ESTIMATES[kind]
-    draw = torch.Generator().manual_seed(seed)
-    size = torch.rand(20, 1, generator=draw, dtype=torch.float64) + 0.1 * seed + 0.1
-    a, g = (
-        (size * torch.randn(20, d, generator=draw, dtype=torch.float64)).to(dtype)
-        for d in (d_in, d_out)
-    )
-    curvature = LayerCurvature(corrected, warm_qr=False)
-    curvature.average_factors(estimate(a, g), 0.95)
+    layer = layer_of(*shape, dtype=dtype)
+    *blocks, d_out, d_in = shape
+    size = gaussian(20, 1, seed=seed).abs() + 0.1 * seed + 0.1
+    a, g = ((size * gaussian(*blocks, 20, d, seed=seed + 100 * d)).to(dtype) for d in (d_in, d_out))
+    curvature = LayerCurvature(layer, method, Cost())
+    curvature.average_factors(layer.each_block(method.factors)(a, g), 0.95)
     curvature.turn_to(curvature.decompose(), 0)
-    if corrected:
-        D = torch.rand(d_out, d_in, generator=draw, dtype=torch.float64).to(dtype)
-        curvature.average_eigenvalues(D, 0.95, 0)
+    if method in CORRECTED:
+        curvature.average_eigenvalues(gaussian(*shape, seed=seed).abs().to(dtype), 0.95, 0)
     return curvature
 
 
-def direction_by_kronecker(kind, curvature, M, damping, rule):
+def direction_by_kronecker(method, curvature, M, damping, rule):
     """(F̂ + damping)⁻¹ vec M, the matrix written out and solved with, in float64 NumPy."""
-    S_in, S_out = (S.double().numpy() for S in curvature.factors.pair)
-    M, d_out, d_in = M.double().numpy(), len(S_out), len(S_in)
-    if ESTIMATES[kind][1]:
-        Q = np.kron(curvature.Q_in.double().numpy(), curvature.Q_out.double().numpy())
-        F = (Q * curvature.eigenvalues.double().numpy().flatten(order="F")) @ Q.T
-    elif rule == "added":
-        scale = float(curvature.factors.delta) if kind == "TKFAC" else 1.0
-        F = scale * np.kron(S_in, S_out)
-    else:
-        if kind == "TKFAC":
-            root, pi = float(curvature.factors.delta) ** 0.5, 1.0
+
+    def of_one_group(S_in, S_out, scale, Q_in, Q_out, D, M):
+        d_out, d_in = M.shape
+        if method in CORRECTED:
+            Q = np.kron(Q_in, Q_out)
+            damped = (Q * vec(D)) @ Q.T + damping * np.eye(d_in * d_out)
+        elif rule is Added:
+            damped = scale * np.kron(S_in, S_out) + damping * np.eye(d_in * d_out)
         else:
-            root = 1.0
-            pi = np.sqrt(np.trace(S_in) / d_in / (np.trace(S_out) / d_out))
-        left = root * S_in + pi * damping**0.5 * np.eye(d_in)
-        right = root * S_out + damping**0.5 / pi * np.eye(d_out)
-        F, damping = np.kron(left, right), 0.0
-    solved = np.linalg.solve(F + damping * np.eye(len(F)), M.flatten(order="F"))
-    return solved.reshape(d_out, d_in, order="F")
+            root, pi = scale**0.5, 1.0
+            if method is KFAC:
+                pi = np.sqrt(np.trace(S_in) / d_in / (np.trace(S_out) / d_out))
+            left = root * S_in + pi * damping**0.5 * np.eye(d_in)
+            right = root * S_out + damping**0.5 / pi * np.eye(d_out)
+            damped = np.kron(left, right)
+        return np.linalg.solve(damped, vec(M)).reshape(d_out, d_in, order="F")
+
+    factors = curvature.factors
+    sides = factors.S_in, factors.S_out, factors.scale, *curvature.basis
+    tensors = [t.double().numpy() for t in (*sides, curvature.eigenvalues.D, M)]
+    return by_group(curvature.layer.module, of_one_group, *tensors)
 
 
-def curvatures_and_matrices(kind, dtypes):
-    draw = torch.Generator().manual_seed(50)
-    curvatures, matrices = [], []
-    for seed, (shape, dtype) in enumerate(zip(SHAPES, dtypes, strict=True)):
-        curvatures.append(curvature_of(kind, *shape, seed, dtype))
-        matrices.append(torch.randn(*shape, generator=draw, dtype=torch.float64).to(dtype))
-    return curvatures, matrices
-
-
-@every_rule
-@every_kind
-def test_every_layer_gets_what_its_own_matrix_gives(kind, rule):
-    curvatures, matrices = curvatures_and_matrices(kind, [torch.float64] * 7)
-    found = preconditioned(curvatures, matrices, DAMPINGS, rule)
-    for one in zip(found, curvatures, matrices, DAMPINGS, strict=True):
-        result, curvature, M, damping = one
-        assert_close(result, direction_by_kronecker(kind, curvature, M, damping, rule), rtol=1e-10)
-
-
-@every_rule
-@every_kind
-@pytest.mark.parametrize("mixed", [False, True], ids=["float64", "mixed dtypes"])
-def test_together_is_as_alone(kind, rule, mixed):
-    dtypes = [torch.float64, torch.float32] * 4 if mixed else [torch.float64] * 8
-    curvatures, matrices = curvatures_and_matrices(kind, dtypes[:7])
-    # () tensors are what the trace policy gives
-    dampings = [torch.tensor(d, dtype=t) for d, t in zip(DAMPINGS, dtypes, strict=False)]
-    for some in (DAMPINGS, dampings):
-        found = preconditioned(curvatures, matrices, some, rule)
-        for i, result in enumerate(found):
-            (alone,) = preconditioned([curvatures[i]], [matrices[i]], [some[i]], rule)
-            assert result.dtype == matrices[i].dtype
-            assert result.shape == matrices[i].shape
-            tolerance = 1e-12 if result.dtype == torch.float64 else 1e-5
-            assert_close(result.double(), alone.double(), rtol=tolerance)
-
-
-@every_kind
-def test_the_order_of_layers_does_not_matter_and_none_is_fine(kind):
-    curvatures, matrices = curvatures_and_matrices(kind, [torch.float64] * 7)
-    found = preconditioned(curvatures, matrices, DAMPINGS, "paper")
-    backwards = preconditioned(curvatures[::-1], matrices[::-1], DAMPINGS[::-1], "paper")
-    for one, other in zip(found, backwards[::-1], strict=True):
-        assert_close(one, other, rtol=1e-12)
-    assert preconditioned([], [], [], "paper") == []
-
-
-@every_kind
-def test_nothing_that_goes_in_is_changed(kind):
-    curvatures, matrices = curvatures_and_matrices(kind, [torch.float64] * 7)
-    before = [M.clone() for M in matrices]
-    states = [{k: v.clone() for k, v in vars(c).items() if torch.is_tensor(v)} for c in curvatures]
-    for result in preconditioned(curvatures, matrices, DAMPINGS, "added"):
-        result.zero_()
-    assert all(torch.equal(*pair) for pair in zip(matrices, before, strict=True))
-    for curvature, state in zip(curvatures, states, strict=True):
-        assert all(torch.equal(getattr(curvature, name), t) for name, t in state.items())
+def problem(method, dtypes=None):
+    """Curvatures, matrices and dampings, each a dict by layer; float64 unless dtypes are given."""
+    dtypes = dtypes or [torch.float64 for _ in SHAPES]
+    curvatures, found, dampings = {}, {}, {}
+    for seed, (shape, damping, dtype) in enumerate(zip(SHAPES, DAMPINGS, dtypes, strict=True)):
+        curvature = curvature_of(method, shape, seed, dtype)
+        curvatures[curvature.layer] = curvature
+        found[curvature.layer] = gaussian(*shape, seed=50 + seed).to(dtype)
+        dampings[curvature.layer] = damping
+    return curvatures, found, dampings
 
 
 @every_rule
 @every_method
-def test_a_step_of_layers_of_one_shape_uses_each_ones_curvature_and_group_damping(method, rule):
-    """θ − α · direction of every layer's own gradient, by the matrix written out."""
-    model = double_precision(
-        lambda: nn.Sequential(
-            *[part for _ in range(3) for part in (nn.Linear(4, 4), nn.Tanh())],
-            nn.Linear(4, CLASSES),
-        )
-    )
+def test_every_layer_gets_what_its_own_matrix_gives(method, rule):
+    curvatures, M, dampings = problem(method)
+    found = preconditioned(curvatures, M, dampings, rule(1.0))
+    assert list(found) == list(M)
+    for layer, result in found.items():
+        args = method, curvatures[layer], M[layer], dampings[layer], rule
+        assert_close(result, direction_by_kronecker(*args))
+
+
+@pytest.mark.parametrize("large", [0, 2**18], ids=["all by themselves", "alike together"])
+@every_rule
+@every_method
+@pytest.mark.parametrize("mixed", [False, True], ids=["float64", "mixed dtypes"])
+def test_together_is_as_alone(method, rule, mixed, large, monkeypatch):
+    monkeypatch.setattr(curvature_module, "LARGE", large)
+    dtypes = [(torch.float64, torch.float32)[mixed and i % 2] for i in range(len(SHAPES))]
+    curvatures, M, dampings = problem(method, dtypes)
+    # () tensors are what `ByTrace` gives
+    tensors = {layer: torch.tensor(d, dtype=M[layer].dtype) for layer, d in dampings.items()}
+    for given in (dampings, tensors):
+        found = preconditioned(curvatures, M, given, rule(1.0))
+        for layer, result in found.items():
+            one = {layer: M[layer]}
+            alone = preconditioned(curvatures, one, given, rule(1.0))[layer]
+            assert result.dtype == M[layer].dtype
+            tolerance = 1e-12 if result.dtype == torch.float64 else 1e-5
+            assert_close(result.double(), alone.double(), rtol=tolerance)
+
+
+@every_method
+def test_a_layer_without_curvature_gets_zeros_and_no_layers_nothing(method):
+    curvatures, M, dampings = problem(method)
+    layer = next(iter(M))
+    expected = preconditioned(curvatures, M, dampings, Paper(1.0))
+    curvatures[layer] = LayerCurvature(layer, method, Cost())
+    found = preconditioned(curvatures, M, dampings, Paper(1.0))
+    assert torch.equal(found[layer], torch.zeros_like(M[layer]))
+    for other in list(M)[1:]:
+        assert_close(found[other], expected[other], rtol=1e-12)
+    assert preconditioned({}, {}, {}, Paper(1.0)) == {}
+
+
+@every_method
+def test_nothing_that_goes_in_is_changed(method):
+    curvatures, M, dampings = problem(method)
+    tensors = [*M.values()]
+    for curvature in curvatures.values():
+        tensors += [*curvature.factors, *curvature.basis, *curvature.eigenvalues]
+    before = [t.clone() for t in tensors]
+    for result in preconditioned(curvatures, M, dampings, Added(1.0)).values():
+        result.zero_()
+    assert all(map(torch.equal, tensors, before))
+
+
+@every_rule
+@pytest.mark.parametrize("network", ["alike", "groups"])
+@every_method
+def test_a_step_uses_each_layer_s_curvature_and_group_damping(method, network, rule):
+    """θ − α · λ · direction of every layer's own gradient, by the matrix written out."""
+    make, shape = NETWORKS.get(network, (four_layers_alike, (4,)))
+    model = make()
     groups = [
         {"params": list(model[0].parameters()), "damping": 3.0},
         {"params": list(model[4].parameters()), "damping": 0.02},
     ]
-    settings = {"momentum": 0.0, "damping": 0.4, "damping_rule": rule, "param_groups": groups}
+    settings = {"momentum": 0.0, "damping": rule(0.4), "param_groups": groups}
     optimizer = method(model, 0.1, **settings, **EVERY_STEP)
-    stream = list(batches((4,), 3, N=20))
+    stream = list(batches(shape, 3, N=20))
     train(model, optimizer, stream[:2])
     backward(model, optimizer, *stream[2])
-
-    def matrices(of):
-        return [torch.cat([of(layer.weight), of(layer.bias)[:, None]], 1) for layer in layers]
-
     layers = optimizer.layers
-    gradients = matrices(lambda p: p.grad.clone())
-    before = matrices(lambda p: p.detach().clone())
+
+    def of_layers(tensor_of):
+        return [
+            matrices(layer.module, [tensor_of(p) for p in layer.module.parameters()])
+            for layer in layers
+        ]
+
+    gradients = of_layers(lambda p: p.grad.clone())
+    before = of_layers(lambda p: p.detach().clone())
     optimizer.step()
-    after = matrices(lambda p: p.detach())
+    after = of_layers(lambda p: p.detach())
     for i, damping in enumerate((3.0, 0.4, 0.02, 0.4)):
-        curvature = optimizer.curvatures[layers[i]]
-        direction = direction_by_kronecker(method.__name__, curvature, gradients[i], damping, rule)
+        curvature, M = optimizer.curvatures[layers[i]], torch.tensor(gradients[i])
+        direction = damping * direction_by_kronecker(method, curvature, M, damping, rule)
         assert_close(before[i] - after[i], 0.1 * direction, rtol=1e-8)
+
+
+def four_layers_alike():
+    layers = [part for _ in range(3) for part in (nn.Linear(4, 4), nn.Tanh())]
+    return double_precision(lambda: nn.Sequential(*layers, nn.Linear(4, CLASSES)))
+
+
+def test_the_layers_of_the_tests_have_the_shapes_they_should():
+    for shape in SHAPES:
+        assert curvature_of(TKFAC, shape, 0).layer.shape == shape

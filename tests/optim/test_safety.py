@@ -35,7 +35,7 @@ def no_warning_passes_unseen():
 @every_method
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(method, bad, steps):
     model = mlp()
-    optimizer = method(model, 0.1, damping=0.1, weight_decay=0.01, **UNEVEN)
+    optimizer = method(model, 0.01, damping=0.1, weight_decay=0.01, **UNEVEN)
     stream = list(batches((4,), 6))
     train(model, optimizer, stream[:steps])
     before = everything(model, optimizer)
@@ -47,14 +47,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_named(method, bad,
     train(model, optimizer, stream[steps:])
 
     undisturbed = mlp()
-    other = method(undisturbed, 0.1, damping=0.1, weight_decay=0.01, **UNEVEN)
+    other = method(undisturbed, 0.01, damping=0.1, weight_decay=0.01, **UNEVEN)
     train(undisturbed, other, stream)
     assert_same_bits(everything(model, optimizer), everything(undisturbed, other))
 
 
 def test_a_parameter_under_plain_sgd_stops_the_step_as_well():
     model = cnn()
-    optimizer = TEKFAC(model, 0.1, **EVERY_STEP)
+    optimizer = TEKFAC(model, 1e-3, **EVERY_STEP)
     (x, y), *_ = batches((1, 6, 6), 1)
     before = parameters(model)
     backward(model, optimizer, x, y)
@@ -67,7 +67,7 @@ def test_a_parameter_under_plain_sgd_stops_the_step_as_well():
 def test_gradients_whose_norm_overflows_are_finite_all_the_same():
     """Their squares are not, in float32; each number by itself is."""
     model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, CLASSES))
-    optimizer = TEKFAC(model, 1e-30, lr_other=1e-30, **EVERY_STEP)
+    optimizer = TEKFAC(model, 1e-30, **EVERY_STEP)
     (x, y), *_ = batches((4,), 1)
     backward(model, optimizer, x.float(), y)
     model[1].weight.grad.fill_(1e25)
@@ -78,7 +78,7 @@ def test_gradients_whose_norm_overflows_are_finite_all_the_same():
 
 def test_the_warning_points_at_the_line_that_called_step():
     model = mlp()
-    optimizer = TEKFAC(model, 0.1)
+    optimizer = TEKFAC(model, 1e-3)
     backward(model, optimizer, *next(batches((4,), 1)))
     model[0].weight.grad[0, 0] = torch.nan
     with pytest.warns(RuntimeWarning) as caught:
@@ -92,7 +92,7 @@ def test_the_warning_points_at_the_line_that_called_step():
 def test_statistics_that_are_not_finite_are_named_and_left_out(method, fisher, steps):
     """Finite gradients, and a Fisher that is not: one example's outputs overflow before it."""
     model = mlp()
-    optimizer = method(model, 0.05, damping=0.1, fisher=fisher, **EVERY_STEP)
+    optimizer = method(model, 0.005, damping=0.1, fisher=fisher, **EVERY_STEP)
     stream = list(batches((4,), 4))
     train(model, optimizer, stream[:steps])
     before = everything(model, optimizer)["optimizer"]["curvatures"]
@@ -118,7 +118,7 @@ def test_statistics_that_are_not_finite_are_named_and_left_out(method, fisher, s
 def test_a_nan_in_the_batch_skips_the_step_under_every_fisher(method, fisher, likelihood):
     """As under the empirical one: the loop need not know what kind of Fisher it trains with."""
     model = mlp()
-    optimizer = method(model, 0.05, fisher=fisher, **EVERY_STEP)
+    optimizer = method(model, 5e-4, fisher=fisher, **EVERY_STEP)
     stream = list(batches((4,), 3))
     train(model, optimizer, stream[:1])
     before = everything(model, optimizer)
@@ -130,9 +130,6 @@ def test_a_nan_in_the_batch_skips_the_step_under_every_fisher(method, fisher, li
     functional.cross_entropy(outputs, y).backward()
     with pytest.warns(RuntimeWarning, match="step skipped"):
         optimizer.step()
-    after = everything(model, optimizer)
-    for state in (before, after):  # a sample may have been drawn
-        del state["optimizer"]["generator"]
-    assert_same_bits(after, before)
+    assert_same_bits(everything(model, optimizer), before)
     train(model, optimizer, stream[2:])
     assert all_finite(model, optimizer)

@@ -1,14 +1,14 @@
 """If this fails, the weights that training arrives at are not those the update rule asks for."""
 
 from copy import deepcopy
-from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from tekfac_edu import optim, reference
+from tekfac_edu import reference
+from tekfac_edu.optim import EKFAC, TEKFAC, ByTrace, Cost, Paper
 
 from .dense_training import DenseTraining, Settings, looped_rows
 from .networks import CLASSES, batches, cnn, double_precision, mlp
@@ -20,11 +20,10 @@ from .oracles import (
     objectives_empirical,
     weight_matrix,
 )
+from .training import METHODS, every_method
 
-METHODS = ["KFAC", "EKFAC", "TKFAC", "TEKFAC"]
 # a warning about a network that is all right is a fault too
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def examples_alone(model):
@@ -58,8 +57,8 @@ def compare(network, method, steps, settings):
     """Train one copy by the package and one by dense algebra; their changes must agree."""
     make, shape, rows = NETWORKS[network]
     start, ours, theirs = make(), make(), make()
-    optimizer = getattr(optim, method)(ours, process_group=None, **asdict(settings))
-    oracle = DenseTraining(theirs, method, settings, cross_entropy, rows)
+    optimizer = method(ours, process_group=None, **settings.arguments())
+    oracle = DenseTraining(theirs, method.__name__, settings, cross_entropy, rows)
     for batch in batches(shape, steps):
         optimizer.zero_grad()
         cross_entropy(ours, *batch).backward()
@@ -82,36 +81,18 @@ def test_one_step(network, method):
 @every_network
 @every_method
 def test_steps_with_momentum_decay_and_intervals(network, method, intervals):
-    factor_interval, eigen_interval, scale_interval = intervals
-    settings = Settings(
-        lr=0.05,
-        momentum=0.8,
-        weight_decay=0.3,
-        factor_decay=0.7,
-        scale_decay=0.4,
-        factor_interval=factor_interval,
-        eigen_interval=eigen_interval,
-        scale_interval=scale_interval,
-    )
+    settings = Settings(lr=0.0025, momentum=0.8, weight_decay=0.3, decay=0.7, interval=intervals)
     compare(network, method, 3 if intervals == (1, 1, 1) else 5, settings)
 
 
 VARIANTS = {
-    "sgd scale": Settings(lr_scale="sgd", lr=0.5),
-    "a learning rate of its own for the rest": Settings(lr_other=0.2),
-    "warm-up": Settings(warmup_steps=2, factor_interval=3, scale_interval=4),
-    "damping added": Settings(damping_rule="added"),
-    "trace": Settings(damping_policy="trace", lr=0.01, lr_other=0.1),
-    "trace, sgd scale": Settings(damping_policy="trace", lr_scale="sgd", lr=0.3),
-    "trace, multiplied": Settings(
-        damping_policy="trace", trace_multiplier=3.0, damping=0.5, lr=0.01, lr_other=0.1
-    ),
-    "trace, floor above every trace": Settings(
-        damping_policy="trace", trace_floor=1e4, lr=1.0, lr_other=0.1
-    ),
-    "trace, damping added": Settings(
-        damping_policy="trace", damping_rule="added", lr=0.01, lr_other=0.1
-    ),
+    "steps of SGD's length": {"lr": 0.5},
+    "averages that forget": {"decay": 0.4},
+    "warm-up": {"warmup": 2, "interval": (3, 2, 4)},
+    "damping added": {"rule": "Added"},
+    "by trace": {"rule": "ByTrace", "lr": 0.3},
+    "by trace, multiplied": {"rule": "ByTrace", "multiplier": 3.0, "damping": 0.5, "lr": 0.3},
+    "by trace, floor above every trace": {"rule": "ByTrace", "floor": 1e4, "lr": 0.1},
 }
 
 
@@ -119,8 +100,8 @@ VARIANTS = {
 @pytest.mark.parametrize("network", ["mlp", "cnn"])
 @every_method
 def test_variants_of_the_update(network, method, variant):
-    settings = replace(VARIANTS[variant], momentum=0.5, weight_decay=0.1, eigen_interval=2)
-    compare(network, method, 3, settings)
+    settings = {"momentum": 0.5, "weight_decay": 0.1, "interval": (1, 2, 1)}
+    compare(network, method, 3, Settings(**settings | VARIANTS[variant]))
 
 
 def targets(loss, x, labels):
@@ -145,17 +126,18 @@ def copied(weights, activation):
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "squared_error"])
 @pytest.mark.parametrize(
-    ("method", "basis"), [*[(name, "eigh") for name in METHODS], ("EKFAC", "qr"), ("TEKFAC", "qr")]
+    ("method", "basis"), [*[(method, "eigh") for method in METHODS], (EKFAC, "qr"), (TEKFAC, "qr")]
 )
 def test_five_steps_beside_the_reference(method, basis, loss, fisher, intervals):
-    names = ("factor_interval", "eigen_interval", "scale_interval")
-    settings = {"lr": 0.05, "damping": 0.1, "momentum": 0.7, "factor_decay": 0.6}
-    settings |= dict(zip(names, intervals, strict=True)) | {"fisher": fisher, "scale_decay": 0.8}
+    settings = {"lr": 0.005, "damping": 0.1, "momentum": 0.7, "fisher": fisher}
+    settings |= {"interval": intervals, "decay": 0.6}
     theirs = reference.MLP((4, 5, CLASSES), "tanh", rng=0)
     start = [W.copy() for W in theirs.weights]
     ours = copied(theirs.weights, nn.Tanh)
-    optimizer = getattr(optim, method)(ours, process_group=None, eigenbasis=basis, **settings)
-    twin = reference.NaturalGradient(theirs, method.lower(), loss=loss, basis=basis, **settings)
+    cost = Cost(eigenbasis=basis)
+    optimizer = method(ours, process_group=None, warmup=0, cost=cost, **settings)
+    settings |= {"loss": loss, "basis": basis, "lr_scale": "sgd"}
+    twin = reference.NaturalGradient(theirs, method.__name__.lower(), **settings)
     criterion = cross_entropy if loss == "cross_entropy" else half_squared_error
     likelihood = "categorical" if loss == "cross_entropy" else "gaussian"
     for x, labels in batches((4,), 5):
@@ -172,10 +154,10 @@ def test_five_steps_beside_the_reference(method, basis, loss, fisher, intervals)
         assert_close(weight_matrix(layer.weight, layer.bias) - before, after - before)
 
 
-def test_a_network_without_convolutions_keeps_its_damping_under_the_trace_policy():
+def test_a_network_without_convolutions_keeps_its_damping_under_the_rule_by_trace():
     one, other = mlp(), mlp()
-    for model, policy in ((one, "constant"), (other, "trace")):
-        optimizer = optim.TEKFAC(model, 0.1, damping_policy=policy, process_group=None)
+    for model, rule in ((one, Paper(1e-2)), (other, ByTrace(1e-2))):
+        optimizer = TEKFAC(model, 1e-3, damping=rule, process_group=None)
         for batch in batches((4,), 1):
             cross_entropy(model, *batch).backward()
             optimizer.step()

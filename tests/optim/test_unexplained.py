@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from tekfac_edu.optim import TEKFAC
 
-from .networks import CLASSES, batches, cnn, double_precision, mlp
+from .networks import CLASSES, NETWORKS, batches, double_precision, mlp
 from .training import EVERY_STEP, every_method, parameters, train
 
 
@@ -26,23 +26,25 @@ def test_a_gradient_that_the_captured_statistics_do_not_explain_is_named(method)
     model = double_precision(
         lambda: nn.Sequential(Masked(4, 5, bias=False), nn.Tanh(), nn.Linear(5, CLASSES))
     )
-    optimizer = method(model, 0.1, **EVERY_STEP)
+    optimizer = method(model, 10.0, **EVERY_STEP)
     with pytest.warns(RuntimeWarning, match=r"0 \(Masked\).*not the mean"):
         train(model, optimizer, batches((4,), 1))
 
 
 @every_method
-def test_an_ordinary_model_is_explained(method):
-    model = cnn()
+@pytest.mark.parametrize("network", NETWORKS)
+def test_an_ordinary_model_is_explained(method, network):
+    make, shape = NETWORKS[network]
+    model = make()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(model, method(model, 0.1, **EVERY_STEP), batches((1, 6, 6), 2))
+        train(model, method(model, 10.0, **EVERY_STEP), batches(shape, 2))
 
 
 def test_an_input_that_is_overwritten_before_the_step_is_noticed():
     """A loader's buffer, filled anew between backward and step: parts of a batch in one place."""
     model, undisturbed = mlp(), mlp()
-    optimizer, other = (TEKFAC(m, 0.1, damping=0.1, **EVERY_STEP) for m in (model, undisturbed))
+    optimizer, other = (TEKFAC(m, 1.0, damping=0.1, **EVERY_STEP) for m in (model, undisturbed))
     stream = list(batches((4,), 3))
     train(model, optimizer, stream[:1])
     train(undisturbed, other, stream[:1])
@@ -64,7 +66,7 @@ def test_an_input_that_is_overwritten_before_the_step_is_noticed():
 def test_an_attack_before_the_training_pass_is_no_part_of_the_batch():
     """autograd.grad for an adversarial example, then zero_grad, as such loops have it."""
     model, undisturbed = mlp(), mlp()
-    optimizer, other = (TEKFAC(m, 0.1, damping=0.1, **EVERY_STEP) for m in (model, undisturbed))
+    optimizer, other = (TEKFAC(m, 1.0, damping=0.1, **EVERY_STEP) for m in (model, undisturbed))
     for x, y in batches((4,), 3):
         attacked = x.clone().requires_grad_()
         torch.autograd.grad(functional.cross_entropy(model(attacked), y), attacked)
@@ -76,7 +78,7 @@ def test_an_attack_before_the_training_pass_is_no_part_of_the_batch():
 def test_a_gradient_penalty_takes_its_statistics_from_the_whole_loss_once():
     """create_graph=True goes through the layers a first time; with weight 0 nothing may change."""
     model, undisturbed = mlp(), mlp()
-    optimizer, other = (TEKFAC(m, 0.1, damping=0.1, **EVERY_STEP) for m in (model, undisturbed))
+    optimizer, other = (TEKFAC(m, 1.0, damping=0.1, **EVERY_STEP) for m in (model, undisturbed))
     for x, y in batches((4,), 3):
         optimizer.zero_grad()
         leaf = x.clone().requires_grad_()
@@ -100,7 +102,7 @@ def test_positions_folded_into_the_examples_are_said_to_be():
             return self.all(torch.tanh(self.each(x.flatten(0, 1))).reshape(len(x), 6))
 
     model = Folded()
-    optimizer = TEKFAC(model, 0.1)
+    optimizer = TEKFAC(model, 10.0)
     x, y = torch.randn(12, 3, 4), torch.arange(12) % 3
     with pytest.warns(RuntimeWarning, match="all.* saw 12 examples and each.* saw 36"):
         train(model, optimizer, [(x, y)])

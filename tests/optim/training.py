@@ -1,5 +1,7 @@
 """Ordinary training steps, and whether two runs ended alike to the last bit."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.nn import functional
@@ -9,15 +11,23 @@ from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
 METHODS = [KFAC, EKFAC, TKFAC, TEKFAC]
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 
-EVERY_STEP = {"factor_interval": 1, "eigen_interval": 1, "scale_interval": 1}
-UNEVEN = {"factor_interval": 2, "eigen_interval": 3, "scale_interval": 1}
+EVERY_STEP = {"interval": 1, "warmup": 0}
+UNEVEN = {"interval": (2, 3, 1), "warmup": 0}
+
+
+@contextmanager
+def seeded(seed):
+    """Within it torch.manual_seed(seed) holds, for an optimizer that is built; not after it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def backward(model, optimizer, x, y):
     """zero_grad, forward, statistics if they are asked for, backward; the loss."""
     optimizer.zero_grad()
     outputs = model(x)
-    if getattr(optimizer, "fisher", "empirical") != "empirical":
+    if getattr(optimizer, "settings", None) and optimizer.settings.fisher != "empirical":
         optimizer.accumulate_fisher(outputs)
     loss = functional.cross_entropy(outputs, y)
     loss.backward()

@@ -1,6 +1,5 @@
 """What each of two processes does for test_distributed.py; importable, because it is spawned."""
 
-import os
 import warnings
 
 import torch
@@ -8,17 +7,16 @@ from torch import distributed, nn
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
-from tekfac_edu.optim import EKFAC, KFAC, TEKFAC, TKFAC
+from .training import METHODS, train
 
-METHODS = {method.__name__: method for method in (KFAC, EKFAC, TKFAC, TEKFAC)}
 FISHERS = ["empirical", "exact"]
 STEPS = 4
-INTERVALS = {"factor_interval": 1, "eigen_interval": 2, "scale_interval": 1}
+INTERVALS = {"interval": (1, 2, 1), "warmup": 0}
 LAYERS = 3
 N = 32
 
 
-def half_of(rank):
+def half_of(rank, N=N):
     return slice(N // 2 * rank, N // 2 * (rank + 1))
 
 
@@ -29,23 +27,17 @@ def network():
     return nn.Sequential(*layers, nn.Linear(5, 3)).double()
 
 
-def stream():
+def stream(steps=STEPS, N=N):
     """Examples of uneven size, and more than d_in = 19 of them: else a basis is not unique."""
     draw = torch.Generator().manual_seed(1)
-    for _ in range(STEPS):
+    for _ in range(steps):
         x = torch.randn(N, 1, 5, 5, generator=draw, dtype=torch.float64)
         yield x * torch.linspace(0.3, 2.0, N).reshape(-1, 1, 1, 1), torch.arange(N) % 3
 
 
 def run(called, optimizer, part=slice(None)):
     """All steps, on a part of every batch."""
-    for x, y in stream():
-        optimizer.zero_grad()
-        outputs = called(x[part])
-        if optimizer.fisher != "empirical":
-            optimizer.accumulate_fisher(outputs)
-        functional.cross_entropy(outputs, y[part]).backward()
-        optimizer.step()
+    train(called, optimizer, ((x[part], y[part]) for x, y in stream()))
 
 
 def result(model, optimizer):
@@ -53,7 +45,7 @@ def result(model, optimizer):
 
 
 def optimizer_for(model, method, fisher, **options):
-    return METHODS[method](model, 0.05, damping=0.1, fisher=fisher, **INTERVALS, **options)
+    return method(model, 0.005, damping=0.1, fisher=fisher, **INTERVALS, **options)
 
 
 class Counted:
@@ -75,13 +67,8 @@ class Counted:
         return self.function(*args, **kwargs)
 
 
-def main(rank, folder):
-    """Train every method on this rank's half of the batches; leave what came out in a file."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting_point", rank=rank, world_size=2
-    )
+def play(rank):
+    """Train every method on this rank's half of the batches; what came out."""
     half = half_of(rank)
     results = {}
     for method in METHODS:
@@ -91,24 +78,25 @@ def main(rank, folder):
             optimizer = optimizer_for(wrapped, method, fisher)
             with Counted(torch.linalg, "eigh") as eigh:
                 run(wrapped, optimizer, half)
-            results[method, fisher] = result(model, optimizer) | {"decompositions": eigh.calls}
+            counted = {"decompositions": eigh.calls}
+            results[method.__name__, fisher] = result(model, optimizer) | counted
         model = network()
         optimizer = optimizer_for(model, method, "empirical", process_group=None)
         sums, broadcasts = Counted(distributed, "all_reduce"), Counted(distributed, "broadcast")
         with sums, broadcasts:
             run(model, optimizer, half)
         messages = {"messages": sums.calls + broadcasts.calls}
-        results[method, "alone"] = result(model, optimizer) | messages
-    results["skipped"] = skipped_step(half)
-    torch.save(results, f"{folder}/rank{rank}.pt")
-    distributed.destroy_process_group()
+        results[method.__name__, "alone"] = result(model, optimizer) | messages
+    results["skipped"] = skipped_step(METHODS[-1], half)
+    results["samples"] = {group or "alone": samples(group) for group in ("default", None)}
+    return results
 
 
-def skipped_step(half):
+def skipped_step(method, half):
     """A NaN on one rank reaches all through the summed gradient: both skip, and go on together."""
     model = network()
     wrapped = DistributedDataParallel(model)
-    optimizer = optimizer_for(wrapped, "TEKFAC", "empirical")
+    optimizer = optimizer_for(wrapped, method, "empirical")
     x, y = next(stream())
     x = x.clone()
     x[0, 0, 0, 0] = torch.nan
@@ -119,3 +107,13 @@ def skipped_step(half):
     after = {name: p.clone() for name, p in model.state_dict().items()}
     run(wrapped, optimizer, half)
     return {"warnings": len(caught), "after": after, **result(model, optimizer)}
+
+
+def samples(process_group):
+    """What the outputs of the whole batch send back under fisher="mc"; one seed on both ranks."""
+    model = network()
+    optimizer = METHODS[0](model, 0.005, fisher="mc", process_group=process_group)
+    x, _ = next(stream())
+    optimizer.accumulate_fisher(model(x))
+    (last,) = [use for use in optimizer.capture.uses if use.layer.module is model[-1]]
+    return last.gradients[0]

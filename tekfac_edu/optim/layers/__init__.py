@@ -7,9 +7,9 @@ is found.
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tekfac_edu.optim.layers.base import Layer, factored_layer, refusal
+from tekfac_edu.optim.layers.base import Layer, factored_layer, kind_of, refusal
 
 for _file in iter_modules(__path__):
     import_module(f"{__name__}.{_file.name}")
 
-__all__ = ["Layer", "factored_layer", "refusal"]
+__all__ = ["Layer", "factored_layer", "kind_of", "refusal"]

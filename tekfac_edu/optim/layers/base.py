@@ -141,8 +141,13 @@ class Layer:
 
 def factored_layer(name, module, has_bias):
     """The `Layer` of a module; None if no kind accepts it."""
-    kind = next((kind for kind in KINDS if kind.accepts(module)), None)
+    kind = kind_of(module)
     return kind and kind(name, module, has_bias)
+
+
+def kind_of(module):
+    """The class that derives from `Layer` for a module; None if no kind accepts it."""
+    return next((kind for kind in KINDS if kind.accepts(module)), None)
 
 
 def refusal(module):

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, OneCycleLR, StepLR
 
 from tekfac_edu.optim import TEKFAC
 
 from .networks import CLASSES, double_precision
 from .training import EVERY_STEP, every_method
 
-LR_OTHER, MOMENTUM = 0.07, 0.8
+LR, MOMENTUM = 0.07, 0.8
 
 
 class Attention(nn.Module):
@@ -106,11 +107,13 @@ def outputs_of(model, x):
     return model(x)
 
 
-def steps_beside_sgd(method, make, draw, names, plain_sgd=()):
-    """Four steps of the method, and of SGD on a twin's parameters of the named modules."""
+def steps_beside_sgd(method, make, draw, names, plain=(), schedule=lambda optimizer: None):
+    """Four steps of the method, and of SGD on a twin's parameters of the named modules.
+
+    schedule : gives either of the two optimizers its scheduler.
+    """
     model, twin = double_precision(make), double_precision(make)
-    settings = {"momentum": MOMENTUM, "damping": 0.1, "lr_other": LR_OTHER, "plain_sgd": plain_sgd}
-    optimizer = method(model, 0.05, **settings, **EVERY_STEP)
+    optimizer = method(model, LR, momentum=MOMENTUM, damping=0.1, plain=plain, **EVERY_STEP)
     owners = ["" if name == "the model" else name for name in names]
     pairs = [
         pair
@@ -121,7 +124,8 @@ def steps_beside_sgd(method, make, draw, names, plain_sgd=()):
             strict=True,
         )
     ]
-    sgd = torch.optim.SGD([q for _, q in pairs], LR_OTHER, momentum=MOMENTUM)
+    sgd = torch.optim.SGD([q for _, q in pairs], LR, momentum=MOMENTUM)
+    schedulers = [schedule(each) for each in (optimizer, sgd)]
     start = [p.detach().clone() for p, _ in pairs]
     for _ in range(4):
         optimizer.zero_grad()
@@ -130,6 +134,8 @@ def steps_beside_sgd(method, make, draw, names, plain_sgd=()):
             q.grad = p.grad.clone()
         optimizer.step()
         sgd.step()
+        for scheduler in filter(None, schedulers):
+            scheduler.step()
     assert pairs
     for (p, q), before in zip(pairs, start, strict=True):
         assert torch.equal(p, q)
@@ -153,19 +159,19 @@ def test_what_no_factorization_covers_takes_the_steps_of_sgd_and_repr_says_why(k
 @every_method
 def test_what_was_left_to_sgd_takes_its_steps(method, kind):
     make, draw, names = ASKED_FOR[kind]
-    optimizer = steps_beside_sgd(method, make, draw, names, plain_sgd=names)
+    optimizer = steps_beside_sgd(method, make, draw, names, plain=names)
     assert "0: plain SGD (asked for)" in repr(optimizer)
     assert "3: factored" in repr(optimizer)
 
 
 def test_with_the_whole_model_left_to_sgd_the_optimizer_is_sgd():
     everything = ["0", "3"]
-    steps_beside_sgd(TEKFAC, ASKED_FOR["Linear"][0], numbers(4), everything, plain_sgd=everything)
+    steps_beside_sgd(TEKFAC, ASKED_FOR["Linear"][0], numbers(4), everything, plain=everything)
 
 
 def test_the_name_of_a_container_leaves_all_inside_it_to_sgd():
     model = nn.ModuleDict({"body": before_a_head(nn.Linear(4, 5)), "bodywork": nn.Linear(3, 3)})
-    optimizer = TEKFAC(model, 0.1, plain_sgd="body")
+    optimizer = TEKFAC(model, 0.1, plain="body")
     treated = {row.name: row.treatment for row in optimizer.report().rows}
     assert treated == {
         "body.0": "plain SGD (asked for)",
@@ -174,24 +180,43 @@ def test_the_name_of_a_container_leaves_all_inside_it_to_sgd():
     }
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, 0.05 / 0.1),
-        ({"lr_scale": "sgd"}, 0.05),
-        ({"lr_other": 0.3}, 0.3),
-        ({"lr_scale": "sgd", "lr_other": 0.3}, 0.3),
-    ],
-)
-def test_the_learning_rate_of_the_others(settings, expected):
-    """In flat directions the direction is ∇/λ, so lr/λ is what SGD would call lr."""
-    optimizer = TEKFAC(before_a_head(nn.LayerNorm(5)), 0.05, damping=0.1, **settings)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.05, expected]
+SCHEDULES = {
+    "StepLR": lambda optimizer: StepLR(optimizer, step_size=2, gamma=0.1),
+    "OneCycleLR": lambda optimizer: OneCycleLR(optimizer, max_lr=0.3, total_steps=5),
+    "CosineAnnealingLR": lambda optimizer: CosineAnnealingLR(optimizer, T_max=4),
+    "LinearLR": lambda optimizer: LinearLR(optimizer, start_factor=0.1, total_iters=3),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@every_method
+def test_under_a_scheduler_they_take_the_steps_of_sgd_under_the_same(method, kind):
+    """There is one lr, which schedulers write to; whatever they write is that of all parameters."""
+    make, draw, names, _ = COVERED_BY_NOTHING["LayerNorm"]
+    optimizer = steps_beside_sgd(method, make, draw, names, schedule=SCHEDULES[kind])
+    assert len(optimizer.param_groups) == 1
+
+
+@every_method
+def test_in_flat_directions_factored_layers_take_the_steps_of_sgd_too(method):
+    """λ (F̂ + λ)⁻¹ ∇ is ∇ where F̂ is nothing beside λ: lr is what it is for SGD, for all."""
+    model, twin = (double_precision(lambda: before_a_head(nn.LayerNorm(5))) for _ in range(2))
+    optimizer = method(model, LR, momentum=MOMENTUM, damping=1e12, **EVERY_STEP)
+    sgd = torch.optim.SGD(twin.parameters(), LR, momentum=MOMENTUM)
+    draw = numbers(5)
+    for _ in range(3):
+        x = draw()
+        for network, each in ((model, optimizer), (twin, sgd)):
+            each.zero_grad()
+            functional.cross_entropy(network(x), torch.arange(6) % CLASSES).backward()
+            each.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=0, atol=1e-5 * LR)
 
 
 def test_weight_decay_of_the_others_is_decoupled_too():
     model = double_precision(lambda: before_a_head(nn.LayerNorm(5)))
-    optimizer = TEKFAC(model, 0.05, lr_other=0.2, weight_decay=0.1, momentum=0.0)
+    optimizer = TEKFAC(model, 0.2, weight_decay=0.1, momentum=0.0)
     functional.cross_entropy(model(numbers(5)()), torch.arange(6) % CLASSES).backward()
     p = model[0].weight
     expected = (1 - 0.2 * 0.1) * p.detach() - 0.2 * p.grad

@@ -1,0 +1,1 @@
+"""Loops that people write around an optimizer, each played by several tests."""
