@@ -20,6 +20,7 @@ from tekfac_edu.optim.factors import (
     TraceRestrictedFactors,
     averaged,
     kfac_factors,
+    summed_factors,
     trace_restricted_factors,
 )
 from tekfac_edu.optim.kfac import KFAC
@@ -46,5 +47,6 @@ __all__ = [
     "kfac_pi",
     "move_eigenvalues",
     "qr_iteration",
+    "summed_factors",
     "trace_restricted_factors",
 ]

@@ -23,6 +23,7 @@ from tekfac_edu.reference.factors import (
     TraceRestrictedFactors,
     averaged,
     kfac_factors,
+    summed_factors,
     trace_restricted_factors,
 )
 from tekfac_edu.reference.fisher import exact_fisher, fisher_block, fisher_matrix
@@ -80,6 +81,7 @@ __all__ = [
     "rearrange",
     "split_vecs",
     "stack_vecs",
+    "summed_factors",
     "to_row_order",
     "trace_restricted_factors",
     "train",

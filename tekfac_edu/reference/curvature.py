@@ -13,6 +13,7 @@ import numpy as np
 
 from tekfac_edu.arguments import one_of, real_number
 from tekfac_edu.reference.eigenbasis import eigenbasis, qr_iteration
+from tekfac_edu.reference.factors import factors_of
 
 # name: (factor S, present basis Q) -> next basis
 BASES = {"eigh": lambda S, Q: eigenbasis(S)[1], "qr": qr_iteration}
@@ -25,6 +26,7 @@ class LayerCurvature:
     ----------
     method : KFAC, EKFAC, TKFAC or TEKFAC.
     decay : ρ, weight of the old value in the running averages, 0 to 1.
+    positions : "apart", as in the papers, or "summed" (TKFAC, TEKFAC): how factors count them.
     basis : "eigh", or "qr" for one warm-started QR iteration per turn (EKFAC, TEKFAC).
 
     Attributes
@@ -34,8 +36,9 @@ class LayerCurvature:
     is_convolution : whether the layer is used at several positions of an example.
     """
 
-    def __init__(self, method, decay=0.95, basis="eigh"):
+    def __init__(self, method, decay=0.95, basis="eigh", positions="apart"):
         self.method = method
+        self.batch_factors = factors_of(method, positions)
         self.decay = real_number("decay", decay, at_least=0, at_most=1)
         self.basis = one_of("basis", basis, BASES)
         if basis not in method.bases:
@@ -48,7 +51,7 @@ class LayerCurvature:
 
     def average_factors(self, a, g):
         """Average in the factors of a batch; the first batch replaces."""
-        new = self.method.factors(a, g)
+        new = self.batch_factors(a, g)
         self.factors = new if self.factors is None else self.factors._averaged(new, self.decay)
         self.is_convolution = np.ndim(a) == 3
 

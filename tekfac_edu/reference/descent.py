@@ -38,7 +38,7 @@ class NaturalGradient:
     interval : steps between refreshes, a whole number; or three of them: of the factors, of the
         bases and of the measured eigenvalues (T_FIM, T_EIG, T_RE of TEKFAC's Algorithm 1).
     decay : ρ, weight of the old value in the running averages of factors and eigenvalues, 0 to 1.
-    basis : "eigh" or "qr", as for LayerCurvature.
+    basis, positions : as for LayerCurvature.
     lr_scale : "natural", or "sgd": a layer's direction is multiplied by its λ, so that lr means in
         flat directions what it means for SGD.
     rng : numpy Generator, needed by fisher="mc".
@@ -57,6 +57,7 @@ class NaturalGradient:
         interval=1,
         decay=0.95,
         basis="eigh",
+        positions="apart",
         lr_scale="natural",
         rng=None,
     ):
@@ -69,7 +70,7 @@ class NaturalGradient:
         self.loss, self.fisher, self.rng = loss, fisher, rng
         self.interval = three_intervals(interval)
         self.lr_scale = one_of("lr_scale", lr_scale, ("natural", "sgd"))
-        self.curvatures = [LayerCurvature(method, decay, basis) for _ in mlp.weights]
+        self.curvatures = [LayerCurvature(method, decay, basis, positions) for _ in mlp.weights]
         self.velocities = [np.zeros_like(W) for W in mlp.weights]
         self.steps = 0
 

@@ -8,14 +8,14 @@ with Λ = ā āᵀ and Γ = g gᵀ of one example. The first pretends that input
 independent. The second weights each example's Λ by how large its gradient was, and the other way
 round; it keeps the trace of F whatever the dependence.
 Beside chapters 4 and 7. With positions, the rows of all positions count ("expand": KFC;
-TKFAC Assumption 4.1).
+TKFAC Assumption 4.1); or each example's gradient, summed over its positions (`summed_factors`).
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from tekfac_edu.arguments import real_number
+from tekfac_edu.arguments import one_of, real_number
 from tekfac_edu.reference.inputs import layer_inputs
 
 
@@ -129,11 +129,52 @@ def trace_restricted_factors(a, g):
     trace_Gamma = np.einsum("snto,snto->nt", g, g)
     delta = np.sum(trace_Lambda * trace_Gamma) / N
     if delta == 0:
-        d_out = g.shape[-1]
-        return TraceRestrictedFactors(0.0, np.eye(d_in) / d_in, np.eye(d_out) / d_out)
+        return _nothing_known(d_in, g.shape[-1])
     Phi = np.einsum("nt,nti,ntj->ij", trace_Gamma, a, a, optimize=True) / (N * delta)
     Psi = np.einsum("nt,snto,sntp->op", trace_Lambda, g, g, optimize=True) / (N * delta)
     return TraceRestrictedFactors(float(delta), Phi, Psi)
+
+
+def summed_factors(a, g):
+    """The trace-restricted factors of each example's summed gradient, G_n = Σ_t g_nt ā_ntᵀ (ours).
+
+        δ = E‖G_n‖²,   δΦ = E[G_nᵀ G_n],   δΨ = E[G_n G_nᵀ]
+
+    The same as `trace_restricted_factors` where nothing is shared (T = 1). With positions these are
+    the true trace and partial traces of F; the paper's are those of its position-diagonal part.
+
+    Parameters
+    ----------
+    a, g : as for `kfac_factors`.
+
+    Returns
+    -------
+    TraceRestrictedFactors, as from `trace_restricted_factors` if every G_n is zero.
+    """
+    a, g = layer_inputs(a, g)
+    G = np.einsum("snto,nti->snoi", g, a, optimize=True)
+    delta = np.sum(G**2) / len(a)
+    if delta == 0:
+        return _nothing_known(a.shape[-1], g.shape[-1])
+    Phi = np.einsum("snoi,snoj->ij", G, G, optimize=True) / (len(a) * delta)
+    Psi = np.einsum("snoi,snpi->op", G, G, optimize=True) / (len(a) * delta)
+    return TraceRestrictedFactors(float(delta), Phi, Psi)
+
+
+def factors_of(method, positions):
+    """A method's function of a and g for its factors.
+
+    positions : "apart", as in the papers, or "summed", of a method that has `summed_factors`.
+    """
+    ways = {"apart": method.factors}
+    if hasattr(method, "summed_factors"):
+        ways["summed"] = method.summed_factors
+    return ways[one_of("positions", positions, ways)]
+
+
+def _nothing_known(d_in, d_out):
+    """Factors of the zero matrix: delta = 0, and isotropic ones of trace one."""
+    return TraceRestrictedFactors(0.0, np.eye(d_in) / d_in, np.eye(d_out) / d_out)
 
 
 def averaged(old, new, decay):

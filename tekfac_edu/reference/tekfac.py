@@ -14,7 +14,7 @@ import numpy as np
 
 from tekfac_edu.reference.eigenbasis import eigenbasis, precondition
 from tekfac_edu.reference.eigenvalues import _moved, _second_moments
-from tekfac_edu.reference.factors import trace_restricted_factors
+from tekfac_edu.reference.factors import factors_of, summed_factors, trace_restricted_factors
 from tekfac_edu.reference.inputs import eigen_form, enough_damping, layer_inputs
 from tekfac_edu.reference.kronecker import dense_from_eigenbasis
 
@@ -34,6 +34,7 @@ class TEKFAC:
     eigenvalues: np.ndarray
 
     factors = staticmethod(trace_restricted_factors)
+    summed_factors = staticmethod(summed_factors)
     bases = ("eigh", "qr")
 
     def __post_init__(self):
@@ -47,9 +48,12 @@ class TEKFAC:
         return self.eigenvalues + enough_damping(damping, self.eigenvalues)
 
     @classmethod
-    def fit(cls, a, g):
-        """From inputs a and gradients g of one layer; shapes as for `trace_restricted_factors`."""
-        return cls.from_factors(cls.factors(a, g)).measured(a, g)
+    def fit(cls, a, g, positions="apart"):
+        """From inputs a and gradients g of one layer; shapes as for `trace_restricted_factors`.
+
+        positions : "apart", as in the paper, or "summed" (`summed_factors`).
+        """
+        return cls.from_factors(factors_of(cls, positions)(a, g)).measured(a, g)
 
     @classmethod
     def from_factors(cls, factors):

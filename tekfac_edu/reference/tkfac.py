@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tekfac_edu.reference.eigenbasis import eigenbasis, precondition
-from tekfac_edu.reference.factors import trace_restricted_factors
+from tekfac_edu.reference.factors import factors_of, summed_factors, trace_restricted_factors
 from tekfac_edu.reference.inputs import enough_damping
 
 
@@ -36,6 +36,7 @@ class TKFAC:
     Q_out: np.ndarray
 
     factors = staticmethod(trace_restricted_factors)
+    summed_factors = staticmethod(summed_factors)
     bases = ("eigh",)
 
     @property
@@ -53,9 +54,12 @@ class TKFAC:
         return np.outer(s_out + root, s_in + root)
 
     @classmethod
-    def fit(cls, a, g):
-        """From inputs a and gradients g of one layer; shapes as for `kfac_factors`."""
-        return cls.from_factors(cls.factors(a, g))
+    def fit(cls, a, g, positions="apart"):
+        """From inputs a and gradients g of one layer; shapes as for `kfac_factors`.
+
+        positions : "apart", as in the paper, or "summed" (`summed_factors`).
+        """
+        return cls.from_factors(factors_of(cls, positions)(a, g))
 
     @classmethod
     def from_factors(cls, factors):
