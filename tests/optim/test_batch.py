@@ -1,6 +1,7 @@
 """If this fails, a layer's batch does not fit into the memory it was to be worked on in."""
 
 import pytest
+import torch
 
 from tekfac_edu.optim import batch as layer_batch
 
@@ -35,6 +36,11 @@ def test_chunks_are_as_large_as_what_is_made_of_them_allows(case, fisher, formed
 @every_case
 def test_a_batch_that_fits_is_one_chunk_whose_rows_are_made_once(case):
     batch = captured(case)
-    (chunk,), (again,) = batch.chunks(), batch.chunks(formed=True)
-    assert chunk is again
+    drawn = {"examples": N, "rows": 1e9, "generator": torch.Generator()}  # which is all there are
+    (chunk,), (again,), (all_of_it,) = (
+        batch.chunks(),
+        batch.chunks(formed=True),
+        batch.chunks(**drawn),
+    )
+    assert chunk is again is all_of_it
     assert all(x is y for x, y in zip(chunk.rows(), chunk.rows(), strict=True))
