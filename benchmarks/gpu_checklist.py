@@ -30,6 +30,7 @@ from benchmarks import RECORDS
 from benchmarks.step_profile import profile_step
 from tekfac_edu.experiments.configuration import Configuration
 from tekfac_edu.experiments.methods import OPTIMIZERS
+from tekfac_edu.experiments.migration import migrated_profile, migrated_settings
 from tekfac_edu.experiments.networks import NETWORKS
 from tekfac_edu.experiments.presets import PRESETS
 from tekfac_edu.experiments.racing import race
@@ -86,8 +87,7 @@ def main(
         sys.exit("torch sees no GPU here; --device cpu tries the script out")
     records.mkdir(parents=True, exist_ok=True)
     path = records / "gpu_checklist.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    record |= header(device)
+    record = before(path) | header(device)
 
     def network(model, interval):
         return Configuration(model=model, width=width, batch_size=batch_size, interval=interval)
@@ -142,6 +142,16 @@ def main(
         record.setdefault("seconds", {})[part] = round(time.perf_counter() - start, 1)
         write_json(path, record)
         print(f"{part}: {record['seconds'][part]} s; {path}", flush=True)
+
+
+def before(path):
+    """What an earlier call has left, of any format, in today's words."""
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for measured in record.get("steps", ()):
+        measured["configuration"] = migrated_settings(measured["configuration"])
+    for profiled in record.get("profile", ()):
+        profiled["seconds_per_step"] = migrated_profile(profiled["seconds_per_step"])
+    return record
 
 
 def run_gpu_tests():

@@ -213,7 +213,7 @@ def steps_figure(measured):
 
 
 def main(
-    models: tuple[Literal["mlp", "resnet20", "vgg16"], ...] = ("mlp", "resnet20"),
+    models: tuple[Literal[tuple(TINY)], ...] = ("mlp", "resnet20"),
     intervals: tuple[int, ...] = (10, 50),
     optimizers: tuple[Literal[OPTIMIZERS], ...] = OPTIMIZERS,
     peers: bool = True,

@@ -75,30 +75,34 @@ class AtOnce:
         self.options = options | ({"bar": False} if self.several else {})
         self.at_once, self.stopping = int(at_once), False
         self.folders = defaultdict(threading.Lock)  # one run in a folder at a time
-        self.stack = ExitStack()
 
     def __enter__(self):
-        # once for all runs: torchrun's processes cannot meet twice
-        self.stack.enter_context(processes(self.options.get("device")))
-        self.free = LifoQueue()  # the last one used has begun already
-        if not self.several:
-            self.lines = InTurn()
-            self.free.put(InTurn())
-            return self
-        self.interruption = self.stack.enter_context(Interruption())
+        with ExitStack() as stack:  # what has been begun is ended if the rest fails
+            # once for all runs: torchrun's processes cannot meet twice
+            stack.enter_context(processes(self.options.get("device")))
+            self.free = LifoQueue()  # the last one used has begun already
+            if self.several:
+                self._begin_workers(stack)
+            else:
+                self.lines = InTurn()
+                self.free.put(InTurn())
+            self.stack = stack.pop_all()
+        return self
+
+    def _begin_workers(self, stack):
+        self.interruption = stack.enter_context(Interruption())
         self.others = set(multiprocessing.active_children())
         resource_tracker.ensure_running()  # begun by a deaf thread, it would let signals in again
         held, self.leash = CONTEXT.Pipe(duplex=False)
-        self.stack.callback(held.close)
+        stack.callback(held.close)
         begin = partial(_begin, held, max(1, torch.get_num_threads() // self.at_once))
         for _ in range(self.at_once):
             worker = ProcessPoolExecutor(1, CONTEXT, begin)
-            self.stack.callback(worker.shutdown)
+            stack.callback(worker.shutdown)
             self.free.put(worker)
         self.lines = ThreadPoolExecutor(self.at_once, initializer=_be_deaf)
-        self.stack.callback(self.lines.shutdown, cancel_futures=True)
-        self.stack.callback(self.let_go)
-        return self
+        stack.callback(self.lines.shutdown, cancel_futures=True)
+        stack.callback(self.let_go)
 
     def __exit__(self, kind, error, trace):
         if kind is KeyboardInterrupt and self.several:

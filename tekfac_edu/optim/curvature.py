@@ -186,28 +186,29 @@ class LayerCurvature:
         self.basis_step, self.eigenvalues_step = state["basis_step"], state["eigenvalues_step"]
 
 
-def preconditioned(curvatures, matrices, dampings, rule, precision="full"):
+def preconditioned(curvatures, matrices, dampings, settings):
     """The damped inverse of each layer's curvature applied to its matrix; small ones in one go.
 
     curvatures : {Layer: LayerCurvature}; one that is not ready gives zeros.
     matrices : {Layer: (d_out, d_in) tensor}.   dampings : {Layer: λ}.
-    rule : of `damping.py`.   precision : as for `precondition`.
+    settings : Settings, for the rule of damping and the precision.
     """
     directions = {layer: torch.zeros_like(M) for layer, M in matrices.items()}
-    alike = {}
+    shapes = {}
     for layer, M in matrices.items():
         if curvatures[layer].ready:
             alone = layer if M.numel() > LARGE else None
             key = M.shape, M.dtype, curvatures[layer].basis.shape, alone
-            alike.setdefault(key, []).append(layer)
-    for layers in alike.values():
-        bases = [curvatures[layer].basis for layer in layers]
+            shapes.setdefault(key, []).append(layer)
+    for layers in shapes.values():
+        alike = [curvatures[layer] for layer in layers]
+        bases = [curvature.basis for curvature in alike]
         D = [
-            rule.damped(curvatures[layer].method, curvatures[layer].eigenvalues, dampings[layer])
-            for layer in layers
+            settings.damping.damped(curvature.method, curvature.eigenvalues, dampings[layer])
+            for layer, curvature in zip(layers, alike, strict=True)
         ]
         stacks = [matrices[layer] for layer in layers], *zip(*bases, strict=True), D
-        found = bases[0].precondition(*map(_stacked, stacks), precision)
+        found = bases[0].precondition(*map(_stacked, stacks), settings.cost.precision)
         directions |= zip(layers, found, strict=True)
     return directions
 

@@ -21,13 +21,8 @@ from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
 from tekfac_edu.optim.fisher import accumulate_fisher
 from tekfac_edu.optim.groups import checked, complete_groups, damping_of_layers, descend
 from tekfac_edu.optim.refresh import refresh
-from tekfac_edu.optim.refusals import (
-    gradients_are_finite,
-    refuse_grad_scaler,
-    refuse_model,
-    refuse_module,
-)
-from tekfac_edu.optim.report import report, summary
+from tekfac_edu.optim.refusals import gradients_are_finite, refuse_grad_scaler, refuse_model
+from tekfac_edu.optim.report import precondition, report, summary
 from tekfac_edu.optim.schedule import STAGES, Schedule
 from tekfac_edu.optim.settings import Settings, refuse_replaced
 from tekfac_edu.optim.state import load_state, state_of
@@ -46,7 +41,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     model : nn.Module whose parameters are trained; wrappers (DistributedDataParallel,
         torch.compile) are seen through.
     lr : α >= 0, what it is for SGD: in directions flatter than λ a step is α times the gradient.
-        (α λ⁻¹ is the learning rate of the undamped natural gradient: 1 is a Newton-like step.)
+        (In directions steeper than λ it is α λ F⁻¹ times the gradient: α λ = 1 is a Newton step.)
     momentum : τ, 0 to below 1.   weight_decay : β >= 0, decoupled.
     damping : λ > 0, in units of the Fisher, each method's own way; or a rule: Added(λ), ByTrace(λ).
     fisher : "empirical" (the labels of the loss), or "mc", "exact" (the model's own distribution,
@@ -77,7 +72,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     damped: Any = None
 
     accumulate_fisher = accumulate_fisher
-    report = report
+    precondition, report = precondition, report
     __repr__ = summary
 
     # GradScaler asks: we handle scaled gradients ourselves, which is to say, refuse them by name.
@@ -198,40 +193,13 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         """Of every layer that has a gradient, times λ: {Layer: (d_out, d_in)}."""
         dampings = self.dampings()
         with record_function("tekfac_edu: precondition"):
-            found = self._preconditioned(gradients, dampings)
+            found = preconditioned(self.curvatures, gradients, dampings, self.settings)
         return {layer: dampings[layer] * direction for layer, direction in found.items()}
-
-    def _preconditioned(self, matrices, dampings):
-        rule, precision = self.settings.damping, self.settings.cost.precision
-        return preconditioned(self.curvatures, matrices, dampings, rule, precision)
 
     def dampings(self):
         """λ of every layer, a float or () tensor: its group's, or by the rule."""
         of_groups = damping_of_layers(self.layers, self.param_groups)
         return self.settings.damping.layer_dampings(of_groups, self.curvatures)
-
-    def precondition(self, module, M):
-        """The damped preconditioner of one layer applied to any M: for study and tests.
-
-        Parameters
-        ----------
-        module : a factored module of the model.
-        M : (d_out, d_in) tensor; the bias, if there is one, is the last column. Of a convolution in
-            B groups (B, d_out, d_in).
-
-        Returns
-        -------
-        Tensor of M's shape, in the dtype of the statistics. Never multiplied by the damping.
-
-        Raises
-        ------
-        ValueError, RuntimeError
-            If the module is not factored, or M has another shape; before the first step.
-        """
-        layer = refuse_module(self, module, M)
-        with torch.no_grad(), torch.autocast(M.device.type, enabled=False):
-            M = M.to(layer.dtype)
-            return self._preconditioned({layer: M}, self.dampings())[layer]
 
     def state_dict(self):
         """Everything that resuming needs; loads with torch.load(..., weights_only=True)."""

@@ -1,4 +1,4 @@
-"""What each layer's preconditioner does at present, as a table that would show a layer running SGD.
+"""What each layer's preconditioner does: to a matrix; as a table, which shows a layer running SGD.
 
 A preconditioner can be wrong in scale and nobody notices: damping swamps the spectrum, the
 direction is the gradient, the loss still falls. The columns to look at are `swamped`, the share of
@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
+from tekfac_edu.optim.curvature import preconditioned
 from tekfac_edu.optim.groups import SETTINGS
+from tekfac_edu.optim.refusals import refuse_module
 
 RUNS_SGD = 0.9999  # cosine above which a direction is the gradient for all practical purposes
 
@@ -86,6 +88,32 @@ class Report:
 
 def _short(x):
     return None if x is None else f"{x:.1e}"
+
+
+@torch.no_grad()
+def precondition(optimizer, module, M):
+    """The damped preconditioner of one layer applied to any M: for study and tests.
+
+    Parameters
+    ----------
+    module : a factored module of the model.
+    M : (d_out, d_in) tensor; the bias, if there is one, is the last column. Of a convolution in B
+        groups (B, d_out, d_in).
+
+    Returns
+    -------
+    Tensor of M's shape, in the dtype of the statistics. Never multiplied by the damping.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        If the module is not factored, or M has another shape; before the first step.
+    """
+    layer = refuse_module(optimizer, module, M)
+    curvatures, dampings = optimizer.curvatures, optimizer.dampings()
+    with torch.autocast(M.device.type, enabled=False):
+        M = M.to(layer.dtype)
+        return preconditioned(curvatures, {layer: M}, dampings, optimizer.settings)[layer]
 
 
 @torch.no_grad()

@@ -45,21 +45,6 @@ class Cost:
 
     `Cost()` is exact: all examples, all positions, whole bases by `eigh`, all layers at once.
 
-    Attributes
-    ----------
-    factor_rows : per number in a layer's input (d_in), from how many examples times positions its
-        factors are estimated, at positions drawn anew each time; None: all there are.
-    eigenvalue_examples : from how many examples of the batch, drawn anew each time, the eigenvalues
-        of EKFAC and TEKFAC are measured; None: all.
-    input_rank : of a layer with more inputs, the eigenvectors kept on their side, those of the
-        largest eigenvalues; what the others have is spread evenly over them, so that tr F is kept.
-        None: all. With "qr" no large matrix on that side is ever decomposed.
-    eigenbasis : "eigh", or "qr": one warm-started QR iteration per refresh (EKFAC, TEKFAC).
-    stagger : layers take turns: each is refreshed at its own steps of the interval, so that no step
-        is slow. The first step, and those of the warm-up, refresh all layers.
-    precision : "full", or "bfloat16": of the products that precondition a gradient, each step, on
-        hardware that multiplies it faster.
-
     Raises
     ------
     ValueError
@@ -67,11 +52,23 @@ class Cost:
     """
 
     factor_rows: float | None = None
+    """Per number in a layer's input (d_in), from how many examples times positions its factors are
+    estimated, at positions drawn anew each time; None: all there are."""
     eigenvalue_examples: int | None = None
+    """From how many examples of the batch, drawn anew each time, the eigenvalues of EKFAC and
+    TEKFAC are measured; None: all."""
     input_rank: int | None = None
+    """Of a layer with more inputs, the eigenvectors kept on their side, those of the largest
+    eigenvalues; what the others have is spread evenly over them, so that tr F is kept. None: all.
+    With "qr" no large matrix on that side is ever decomposed."""
     eigenbasis: Literal["eigh", "qr"] = "eigh"
+    """With "qr" one warm-started QR iteration per refresh (EKFAC, TEKFAC)."""
     stagger: bool = False
+    """Layers take turns: each is refreshed at its own steps of the interval, so that no step is
+    slow. The first step, and those of the warm-up, refresh all layers."""
     precision: Literal["full", "bfloat16"] = "full"
+    """Of the products that precondition a gradient, each step; "bfloat16" on hardware that
+    multiplies it faster."""
 
     def __post_init__(self):
         if self.factor_rows is not None:

@@ -6,12 +6,16 @@ import re
 import pytest
 from chapter_rules import ROOT
 
-from tekfac_edu import reference
+from tekfac_edu import optim, reference
 
 TEXT = (ROOT / "book" / "notation.md").read_text(encoding="utf-8")
 ARGUMENTS = {"a", "g", "decay", "lr", "momentum"}
 CODE = [row.split("|")[-2] for row in re.findall(r"^\|.*\|$", TEXT, re.M)]
 NAMES = sorted(set(re.findall(r"(?<!})`(\w+)`", " ".join(CODE))) - ARGUMENTS)
+IN_PYTORCH = TEXT.partition("## In PyTorch")[2].partition("\n## ")[0]
+SHARED = ("lr", "damping", "momentum", "fisher", "interval", "decay")
+OF_NUMPY = {"NaturalGradient", "basis"}  # named there to say what is otherwise
+IN_TORCH = sorted(set(re.findall(r"(?<!})`(\w+)`", IN_PYTORCH)) - OF_NUMPY - set(SHARED))
 
 
 def test_the_page_names_code():
@@ -28,6 +32,25 @@ def test_name_is_public(name):
 def test_argument_exists(argument):
     assert f"`{argument}`" in TEXT
     assert argument in inspect.signature(reference.NaturalGradient).parameters
+
+
+@pytest.mark.parametrize("name", IN_TORCH)
+def test_name_is_public_in_pytorch(name):
+    assert name in optim.__all__
+    assert hasattr(optim, name)
+
+
+@pytest.mark.parametrize("argument", SHARED)
+def test_optimizers_of_both_houses_take_the_argument(argument):
+    assert f"`{argument}`" in IN_PYTORCH
+    for optimizer in (reference.NaturalGradient, optim.TEKFAC):
+        assert argument in inspect.signature(optimizer).parameters
+
+
+def test_what_is_called_otherwise_in_pytorch():
+    assert "lr_scale" in inspect.signature(reference.NaturalGradient).parameters
+    assert "basis" in inspect.signature(reference.NaturalGradient).parameters
+    assert optim.Cost(eigenbasis="qr").eigenbasis == "qr"
 
 
 @pytest.mark.parametrize("name", ["KFAC", "EKFAC", "TKFAC", "TEKFAC"])

@@ -110,3 +110,14 @@ def test_readme_shows_the_figure_of_chapter_8():
         f"write the figure fig-08-signature of chapter 8 to {shown.relative_to(ROOT)}"
     )
     assert shown.relative_to(ROOT).as_posix() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readmes_map_is_the_tree():
+    """Every module is named, and nothing that is not there."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (drawn,) = re.findall(r"^```\n(book/ .*?)^```", readme, re.M | re.S)
+    named = set(re.findall(r"\w+\.py", drawn))
+    modules = [path for path in (ROOT / "tekfac_edu").rglob("*.py") if path.name != "__init__.py"]
+    assert named == {path.name for path in modules}
+    folders = {path.parent.relative_to(ROOT).as_posix() + "/" for path in modules}
+    assert {f"{folder.split('/')[-2]}/" for folder in folders} <= set(re.findall(r"\w+/", drawn))

@@ -10,8 +10,9 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import gpu_checklist
+from benchmarks import RECORDS, gpu_checklist
 from tekfac_edu.experiments import at_once
+from tekfac_edu.experiments.configuration import Configuration
 from tekfac_edu.experiments.records import read_races
 
 from . import PRELOAD
@@ -80,6 +81,23 @@ def test_steps_and_profile_and_races_leave_their_records(tmp_path, pictures, mon
     assert {len(run["epochs"]) for run in runs} == {2}
     assert {len(trial["epochs"]) for trial in trials} == {1}
     assert {run["train_images"] for run in runs} == {64} and not any(map(diverged, runs))
+
+
+def test_an_old_record_that_is_continued_has_one_format(tmp_path):
+    """Its step times and profiles as they were, in today's words."""
+    path = tmp_path / "gpu_checklist.json"
+    old = json.loads((RECORDS / path.name).read_text())
+    assert old["format"] == 1 and "eigh" in old["profile"][0]["seconds_per_step"]
+    path.write_text(json.dumps(old))
+    gpu_checklist.main(parts=("steps",), device="cpu", records=tmp_path, models=(), intervals=(2,))
+    new = json.loads(path.read_text())
+    assert new["format"] == 2 and new["steps"] == [] and new["tests"] == old["tests"]
+    for one, other in zip(new["profile"], old["profile"], strict=True):
+        seconds, before = one["seconds_per_step"], other["seconds_per_step"]
+        assert sum(seconds.values()) == pytest.approx(sum(before.values()))
+        assert seconds["eigenbases"] == pytest.approx(before["eigh"] + before["move"])
+    for measured in gpu_checklist.before(RECORDS / path.name)["steps"]:
+        assert measured["configuration"].keys() <= Configuration().as_dict().keys()
 
 
 def test_a_machine_without_a_gpu_is_told_so(tmp_path, monkeypatch):

@@ -208,7 +208,7 @@ def interrupted(folder, name, where, call, number=signal.SIGINT, times=1, option
     return code, (folder.parent / "output").read_text()
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["sgd", "tekfac"])  # that every kind continues: above
 def test_ctrl_c_within_an_epoch_saves_that_step_and_says_how_to_go_on(name, tmp_path, continued):
     folder = tmp_path / "run"
     code, output = interrupted(folder, name, STEP, STEPS + 2)
