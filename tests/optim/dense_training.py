@@ -35,7 +35,7 @@ class Settings:
     `rule` is "Paper", "Added" or "ByTrace"; `multiplier` and `floor` are for the last of them.
     """
 
-    lr: float = 0.005
+    lr: float = 2.0
     momentum: float = 0.0
     weight_decay: float = 0.0
     damping: float = 0.05

@@ -56,14 +56,14 @@ class InTheMiddle(nn.Module):
 
 
 class Twice(nn.Module):
-    """One layer called on its own output: two positions, whose gradients arrive in reverse."""
+    """One layer called on its own output: further positions, whose gradients arrive in reverse."""
 
-    def __init__(self):
+    def __init__(self, layer, outputs):
         super().__init__()
-        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+        self.layer, self.head = layer(), nn.Linear(outputs, CLASSES)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+        return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))).flatten(1))
 
 
 class OnSequenceAndSummary(nn.Module):
@@ -240,7 +240,12 @@ CASES = [
         (3, 5, 4),
         ("first", "layer", "head"),
     ),
-    Case("Linear, used twice", Twice, (4,)),
+    Case("Linear, used twice", partial(Twice, partial(nn.Linear, 4, 4), 4), (4,)),
+    Case(
+        "Conv2d, two groups, used twice",
+        partial(Twice, partial(nn.Conv2d, 4, 4, 3, groups=2, padding=1), 64),
+        (4, 4, 4),
+    ),
     Case("Linear, used on a sequence and on its mean", OnSequenceAndSummary, (3, 4)),
     Case(
         "Conv2d, used on two sizes of picture",

@@ -27,7 +27,9 @@ WITH_POSITIONS = [
 ]
 every_case = pytest.mark.parametrize("case", WITH_POSITIONS, ids=lambda case: case.name)
 SEVERAL_CALLS = [case for case in CASES if "used on" in case.name]  # of unequal positions
-STRIDED, TWO_SIZES = chosen("Conv2d, strided", "Conv2d, used on two sizes of picture")
+STRIDED, TWO_SIZES, TWICE = chosen(
+    "Conv2d, strided", "Conv2d, used on two sizes of picture", "Conv2d, two groups, used twice"
+)
 
 
 def by_grid(batch, wanted, method, draws=2000):
@@ -192,6 +194,17 @@ def test_every_part_of_an_accumulated_batch_has_its_own_grid_and_counts_by_its_e
     sums = [x + y for x, y in zip(*map(mean_of, seen), strict=True)]
     exact = oracle_fields(batch.layer.module, method, *rows(STRIDED))
     assert_fields(sums, exact, rtol=1e-12)
+
+
+@every_formula
+def test_calls_with_equal_positions_have_a_grid_each_and_share_the_rows_asked_for(method):
+    """Of 2 · 16 positions a quarter: 4 of each call, on a grid of steps (2, 2)."""
+    batch = captured(TWICE)
+    found = by_grid(batch, N * 8, method)
+    assert {grid[0] for grids in found for grid in grids} == {(2, 2)}
+    assert len(found) == 16
+    exact = oracle_fields(batch.layer.module, method, *rows(TWICE))
+    assert_fields(mean_of(found), exact, rtol=1e-12)
 
 
 @pytest.mark.parametrize("case", SEVERAL_CALLS, ids=lambda case: case.name)

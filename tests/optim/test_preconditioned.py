@@ -9,6 +9,7 @@ from tekfac_edu.optim import KFAC, TKFAC, Added, Cost, Paper
 from tekfac_edu.optim import curvature as curvature_module
 from tekfac_edu.optim.curvature import LayerCurvature, preconditioned
 from tekfac_edu.optim.layers import factored_layer
+from tekfac_edu.optim.settings import Settings
 
 from .networks import CLASSES, NETWORKS, batches, double_precision, gaussian
 from .one_step import CORRECTED
@@ -19,6 +20,11 @@ every_rule = pytest.mark.parametrize("rule", [Paper, Added])
 # Three of one shape, two of another, one by itself, the transposed shape, and two in groups.
 SHAPES = [(3, 5), (4, 4), (3, 5), (2, 3, 4), (5, 3), (4, 4), (2, 7), (3, 5), (2, 3, 4)]
 DAMPINGS = [0.5, 0.01, 2.0, 0.3, 0.1, 3.0, 1e-4, 0.02, 0.7]
+
+
+def settings_of(rule):
+    """Of which only the rule counts here; its own λ is not one of the layers'."""
+    return Settings("empirical", (1, 1, 1), 0.95, 0, rule(1.0), Cost(), 0)
 
 
 def layer_of(*shape, dtype=torch.float64):
@@ -86,7 +92,7 @@ def problem(method, dtypes=None):
 @every_method
 def test_every_layer_gets_what_its_own_matrix_gives(method, rule):
     curvatures, M, dampings = problem(method)
-    found = preconditioned(curvatures, M, dampings, rule(1.0))
+    found = preconditioned(curvatures, M, dampings, settings_of(rule))
     assert list(found) == list(M)
     for layer, result in found.items():
         args = method, curvatures[layer], M[layer], dampings[layer], rule
@@ -104,10 +110,10 @@ def test_together_is_as_alone(method, rule, mixed, large, monkeypatch):
     # () tensors are what `ByTrace` gives
     tensors = {layer: torch.tensor(d, dtype=M[layer].dtype) for layer, d in dampings.items()}
     for given in (dampings, tensors):
-        found = preconditioned(curvatures, M, given, rule(1.0))
+        found = preconditioned(curvatures, M, given, settings_of(rule))
         for layer, result in found.items():
             one = {layer: M[layer]}
-            alone = preconditioned(curvatures, one, given, rule(1.0))[layer]
+            alone = preconditioned(curvatures, one, given, settings_of(rule))[layer]
             assert result.dtype == M[layer].dtype
             tolerance = 1e-12 if result.dtype == torch.float64 else 1e-5
             assert_close(result.double(), alone.double(), rtol=tolerance)
@@ -117,13 +123,13 @@ def test_together_is_as_alone(method, rule, mixed, large, monkeypatch):
 def test_a_layer_without_curvature_gets_zeros_and_no_layers_nothing(method):
     curvatures, M, dampings = problem(method)
     layer = next(iter(M))
-    expected = preconditioned(curvatures, M, dampings, Paper(1.0))
+    expected = preconditioned(curvatures, M, dampings, settings_of(Paper))
     curvatures[layer] = LayerCurvature(layer, method, Cost())
-    found = preconditioned(curvatures, M, dampings, Paper(1.0))
+    found = preconditioned(curvatures, M, dampings, settings_of(Paper))
     assert torch.equal(found[layer], torch.zeros_like(M[layer]))
     for other in list(M)[1:]:
         assert_close(found[other], expected[other], rtol=1e-12)
-    assert preconditioned({}, {}, {}, Paper(1.0)) == {}
+    assert preconditioned({}, {}, {}, settings_of(Paper)) == {}
 
 
 @every_method
@@ -133,7 +139,7 @@ def test_nothing_that_goes_in_is_changed(method):
     for curvature in curvatures.values():
         tensors += [*curvature.factors, *curvature.basis, *curvature.eigenvalues]
     before = [t.clone() for t in tensors]
-    for result in preconditioned(curvatures, M, dampings, Added(1.0)).values():
+    for result in preconditioned(curvatures, M, dampings, settings_of(Added)).values():
         result.zero_()
     assert all(map(torch.equal, tensors, before))
 

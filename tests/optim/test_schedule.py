@@ -203,7 +203,7 @@ def test_with_an_interval_of_one_nothing_changes(method, make):
 
     def run(stagger):
         model = make()
-        optimizer = method(model, 0.005, damping=0.1, **in_turns(1, 1, 1, stagger=stagger))
+        optimizer = method(model, 0.5, damping=0.1, **in_turns(1, 1, 1, stagger=stagger))
         train(model, optimizer, batches(shape, 4))
         state = everything(model, optimizer)
         assert state["optimizer"].pop("settings")["cost"]["stagger"] == stagger

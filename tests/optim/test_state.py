@@ -44,7 +44,7 @@ def test_training_goes_on_bit_for_bit_from_any_step(method, fisher, dtype):
 
     def build(model, seed):
         with seeded(seed):
-            return method(model, 0.005, damping=0.1, **settings)
+            return method(model, 0.5, damping=0.1, **settings)
 
     runs = partial(build, seed=5), partial(build, seed=6)
     assert_resumes_from_any_step(lambda: make().to(dtype), *runs, stream)
@@ -56,10 +56,10 @@ def test_a_schedule_of_the_learning_rate_is_resumed_too(method, scheduler):
     stream = stream_for(mlp, torch.float64)
 
     def build(model):
-        optimizer = method(model, 0.005, damping=0.1, **UNEVEN)
+        optimizer = method(model, 0.5, damping=0.1, **UNEVEN)
         if scheduler == "StepLR":
             return model, optimizer, StepLR(optimizer, step_size=2, gamma=0.5)
-        return model, optimizer, OneCycleLR(optimizer, max_lr=0.005, total_steps=STEPS + 1)
+        return model, optimizer, OneCycleLR(optimizer, max_lr=0.5, total_steps=STEPS + 1)
 
     def run(model, optimizer, schedule, stream):
         for batch in stream:
@@ -96,7 +96,7 @@ def test_the_learning_rate_of_a_scheduler_is_the_one_that_is_used(method):
 
 
 def trained(method, model, stream=None, **options):
-    optimizer = method(model, 0.005, **{"damping": 0.1} | UNEVEN | options)
+    optimizer = method(model, 0.5, **{"damping": 0.1} | UNEVEN | options)
     train(model, optimizer, batches((4,), 3) if stream is None else stream)
     return optimizer
 

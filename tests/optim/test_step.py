@@ -81,7 +81,7 @@ def test_one_step(network, method):
 @every_network
 @every_method
 def test_steps_with_momentum_decay_and_intervals(network, method, intervals):
-    settings = Settings(lr=0.0025, momentum=0.8, weight_decay=0.3, decay=0.7, interval=intervals)
+    settings = Settings(lr=1.0, momentum=0.8, weight_decay=0.3, decay=0.7, interval=intervals)
     compare(network, method, 3 if intervals == (1, 1, 1) else 5, settings)
 
 
@@ -129,7 +129,7 @@ def copied(weights, activation):
     ("method", "basis"), [*[(method, "eigh") for method in METHODS], (EKFAC, "qr"), (TEKFAC, "qr")]
 )
 def test_five_steps_beside_the_reference(method, basis, loss, fisher, intervals):
-    settings = {"lr": 0.005, "damping": 0.1, "momentum": 0.7, "fisher": fisher}
+    settings = {"lr": 0.5, "damping": 0.1, "momentum": 0.7, "fisher": fisher}
     settings |= {"interval": intervals, "decay": 0.6}
     theirs = reference.MLP((4, 5, CLASSES), "tanh", rng=0)
     start = [W.copy() for W in theirs.weights]

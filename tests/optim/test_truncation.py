@@ -91,6 +91,7 @@ CHOSEN = chosen(
     "Conv2d, two groups",
     "Conv2d, two groups, one position",
     "Conv2d, two groups, four positions, six outputs",
+    "Conv2d, two groups, used twice",
     "Conv2d, two groups, used on two sizes of picture",
 )
 CHOSEN += [
@@ -340,15 +341,6 @@ def test_layers_of_no_more_inputs_are_as_without_to_the_last_bit(
         found = everything(*trained(method, network, cost=replace(cost, input_rank=k)))
         found["optimizer"]["settings"]["cost"]["input_rank"] = None
         assert_same_bits(found, expected)
-
-
-@every_method
-def test_only_the_layers_of_more_inputs_are_truncated(method):
-    _, mixed = trained(method, "dense", steps=1, cost=Cost(input_rank=5))
-    _, full = trained(method, "dense", steps=1)
-    states = [optimizer.state_dict()["curvatures"] for optimizer in (mixed, full)]
-    assert_same_bits(states[0]["0"], states[1]["0"])
-    assert [states[0][name]["basis"]["Q_in"].shape for name in ("0", "2")] == [(5, 5), (6, 5)]
 
 
 @pytest.mark.parametrize("fisher", OBJECTIVES)

@@ -45,7 +45,7 @@ def result(model, optimizer):
 
 
 def optimizer_for(model, method, fisher, **options):
-    return method(model, 0.005, damping=0.1, fisher=fisher, **INTERVALS, **options)
+    return method(model, 0.5, damping=0.1, fisher=fisher, **INTERVALS, **options)
 
 
 class Counted:
@@ -112,7 +112,7 @@ def skipped_step(method, half):
 def samples(process_group):
     """What the outputs of the whole batch send back under fisher="mc"; one seed on both ranks."""
     model = network()
-    optimizer = METHODS[0](model, 0.005, fisher="mc", process_group=process_group)
+    optimizer = METHODS[0](model, 0.5, fisher="mc", process_group=process_group)
     x, _ = next(stream())
     optimizer.accumulate_fisher(model(x))
     (last,) = [use for use in optimizer.capture.uses if use.layer.module is model[-1]]

@@ -59,7 +59,7 @@ def trained(method, steps, part, **options):
     """A run over all ranks; what came out, and what each layer's statistics were taken from."""
     model = network()
     wrapped = DistributedDataParallel(model)
-    optimizer = method(wrapped, 0.005, damping=0.1, **options)
+    optimizer = method(wrapped, 0.5, damping=0.1, **options)
     refreshed = []
     with Watched() as watched:
         for x, y in stream(steps):
