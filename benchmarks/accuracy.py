@@ -34,6 +34,7 @@ from tekfac_edu.experiments.configuration import Configuration, Cost
 from tekfac_edu.experiments.presets import PRESETS
 from tekfac_edu.experiments.records import header, read_races, write_json
 from tekfac_edu.experiments.reporting import by_optimizer
+from tekfac_edu.optim.settings import COSTS
 
 RACES = ("cifar10-mini", "digits-mlp", "mnist-5k-autoencoder")
 VARIANTS = {
@@ -72,7 +73,13 @@ ORDER_ONLY = {  # what does not change a statistic, but when it is taken
     "no warm-up": {"warmup": 0},
     "interval 100": {"interval": 100},
 }
-CHANGES = {name: {"cost": cost} for name, cost in VARIANTS.items()} | ORDER_ONLY
+SUMMED = {"positions": "summed"}
+OTHER_STEPS = {  # other factors, or steps that are bounded
+    "summed positions": SUMMED,
+    "summed positions, trust 0.001": SUMMED | {"trust": 1e-3},
+    "summed positions, trust 0.001, low cost": SUMMED | {"trust": 1e-3, "cost": COSTS["low"]},
+}
+CHANGES = {name: {"cost": cost} for name, cost in VARIANTS.items()} | ORDER_ONLY | OTHER_STEPS
 
 
 def main(

@@ -18,12 +18,16 @@ from tekfac_edu.optim.layers import factored_layer  # noqa: E402
 FILES = ["factors", "eigenbasis", "eigenvalues", "damping", "curvature"]
 # What only the PyTorch half has, and why.
 ALONE = {
-    "factors": {"layer_format": "one format for all shapes; the reference has it in inputs.py"},
+    "factors": {
+        "layer_format": "one format for all shapes; the reference has it in inputs.py",
+        "Formula": "a statistic in two ways, for whichever is cheaper",
+        "factors_of_gradients": "the second way of `summed_factors`",
+    },
     "eigenbasis": {"DecompositionFailed": "training goes on when LAPACK does not"},
     "eigenvalues": {
         "FactorEigenvalues": "tensors to be held and sent; in the reference, the methods' fields",
         "MeasuredEigenvalues": "the same",
-        "second_moments": "of gradients that were formed without patches",
+        "eigenvalues_of_gradients": "of gradients that were formed without patches",
         "projecting_first_is_cheaper": "what is formed first is a matter of speed",
     },
     "damping": {"rule_from": "the constructor's bare number; the reference has it in descent.py"},
@@ -134,7 +138,7 @@ def tensors(*arrays):
 
 
 @every_shape
-@pytest.mark.parametrize("name", ["kfac_factors", "trace_restricted_factors"])
+@pytest.mark.parametrize("name", ["kfac_factors", "trace_restricted_factors", "summed_factors"])
 def test_factors_and_their_averages_are_equal(name, shape):
     ours, theirs = getattr(optim, name), getattr(reference, name)
     old, new = rows(shape), rows(shape, seed=7)

@@ -48,6 +48,8 @@ def build_optimizer(configuration, model):
         interval=c.interval,
         decay=c.decay,
         warmup=c.warmup,
+        trust=c.trust,
+        positions=c.positions if make.summed_factors else "apart",
         cost=c.cost,
     )
 

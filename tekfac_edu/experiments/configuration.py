@@ -68,6 +68,11 @@ class Configuration:
     """So many steps at the beginning refresh everything."""
     decay: float = _real(0.95, at_least=0, at_most=1)
     """Weight of the old value in the averages of factors and eigenvalues."""
+    trust: float | None = _real(None, above=0)
+    """Bound on the predicted change of the model's outputs in one step (κ of the trust region);
+    None: no bound."""
+    positions: Literal["apart", "summed"] = "apart"
+    """Of tkfac and tekfac: factors are sums over positions, or of examples' summed gradients."""
     fisher: Literal["empirical", "mc", "exact"] = "empirical"
     """Whose labels the curvature sees: the data's; the model's own, sampled, or in expectation."""
     cost: Cost = EXACT

@@ -56,8 +56,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         and steps by the first one are too long; chapter 12).
     trust : κ > 0, bounds the predicted change of the model's outputs in a step (`trust.py`); None:
         no bound.
-    positions : "summed": TKFAC's and TEKFAC's factors are those of each example's summed gradient
-        (ours); "apart": the papers' sums over positions. None: "summed" where the method has it.
+    positions : "apart": factors are sums over positions, as in the papers; or, of TKFAC and TEKFAC,
+        "summed": those of each example's gradient, summed over its positions (ours).
     cost : "exact", "low", or a Cost: what is drawn, truncated, staggered and rounded.
     plain : names of modules that are not to be factored.
     param_groups : list of dicts of own settings: "params", and any of lr, momentum, weight_decay,
@@ -98,7 +98,7 @@ class KroneckerOptimizer(torch.optim.Optimizer):
         decay=0.95,
         warmup=20,
         trust=None,
-        positions=None,
+        positions="apart",
         cost="exact",
         plain=(),
         param_groups=None,

@@ -50,9 +50,18 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """Lines for every module with parameters; `print(report)` shows them as a table."""
+    """Lines for every module with parameters; `print(report)` shows them as a table.
+
+    Attributes
+    ----------
+    rows : tuple of LayerReport.
+    acted, steps : in how many of how many last steps the trust region shortened the step; of as
+        many as the longest interval has. (0, 0) without one.
+    """
 
     rows: tuple
+    acted: int = 0
+    steps: int = 0
 
     def __str__(self):
         headers = [
@@ -83,6 +92,8 @@ class Report:
         ]
         lines = [tabulate(table, headers, disable_numparse=True, missingval="")]
         lines += [f"{row.name}: {row.warning}" for row in self.rows if row.warning]
+        if self.steps:
+            lines.append(f"trust region acted in {self.acted} of the last {self.steps} steps")
         return "\n".join(lines)
 
 
@@ -129,7 +140,8 @@ def report(optimizer):
             rows.append(LayerReport(name, treatment, *sizes))
         else:
             rows.append(_row(optimizer, layer, treatment, float(dampings[layer])))
-    return Report(tuple(rows))
+    acted = sum(float(nu) < 1 for nu in optimizer.shrunk)
+    return Report(tuple(rows), acted, len(optimizer.shrunk))
 
 
 def _row(optimizer, layer, treatment, damping):

@@ -135,8 +135,7 @@ class Settings:
         """
         one_of("fisher", fisher, ("empirical", "mc", "exact"))
         by_factors = "eigenvalues" not in method.stages()
-        ways = ("summed", "apart") if method.summed_factors else ("apart",)
-        positions = one_of("positions", positions or ways[0], ways)
+        one_of("positions", positions, ("apart", "summed") if method.summed_factors else ("apart",))
         if isinstance(cost, str):
             cost = COSTS[one_of("cost", cost, COSTS)]
             cost = replace(cost, eigenbasis="eigh") if by_factors else cost

@@ -13,7 +13,7 @@ import numpy as np
 
 from tekfac_edu.arguments import one_of, real_number
 from tekfac_edu.reference.eigenbasis import eigenbasis, qr_iteration
-from tekfac_edu.reference.factors import factors_of
+from tekfac_edu.reference.factors import _factors_of
 
 # name: (factor S, present basis Q) -> next basis
 BASES = {"eigh": lambda S, Q: eigenbasis(S)[1], "qr": qr_iteration}
@@ -38,7 +38,7 @@ class LayerCurvature:
 
     def __init__(self, method, decay=0.95, basis="eigh", positions="apart"):
         self.method = method
-        self.batch_factors = factors_of(method, positions)
+        self.batch_factors = _factors_of(method, positions)
         self.decay = real_number("decay", decay, at_least=0, at_most=1)
         self.basis = one_of("basis", basis, BASES)
         if basis not in method.bases:

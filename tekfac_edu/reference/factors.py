@@ -161,7 +161,7 @@ def summed_factors(a, g):
     return TraceRestrictedFactors(float(delta), Phi, Psi)
 
 
-def factors_of(method, positions):
+def _factors_of(method, positions):
     """A method's function of a and g for its factors.
 
     positions : "apart", as in the papers, or "summed", of a method that has `summed_factors`.

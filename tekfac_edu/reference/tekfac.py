@@ -14,7 +14,7 @@ import numpy as np
 
 from tekfac_edu.reference.eigenbasis import eigenbasis, precondition
 from tekfac_edu.reference.eigenvalues import _moved, _second_moments
-from tekfac_edu.reference.factors import factors_of, summed_factors, trace_restricted_factors
+from tekfac_edu.reference.factors import _factors_of, summed_factors, trace_restricted_factors
 from tekfac_edu.reference.inputs import eigen_form, enough_damping, layer_inputs
 from tekfac_edu.reference.kronecker import dense_from_eigenbasis
 
@@ -53,7 +53,7 @@ class TEKFAC:
 
         positions : "apart", as in the paper, or "summed" (`summed_factors`).
         """
-        return cls.from_factors(factors_of(cls, positions)(a, g)).measured(a, g)
+        return cls.from_factors(_factors_of(cls, positions)(a, g)).measured(a, g)
 
     @classmethod
     def from_factors(cls, factors):

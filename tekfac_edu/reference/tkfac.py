@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tekfac_edu.reference.eigenbasis import eigenbasis, precondition
-from tekfac_edu.reference.factors import factors_of, summed_factors, trace_restricted_factors
+from tekfac_edu.reference.factors import _factors_of, summed_factors, trace_restricted_factors
 from tekfac_edu.reference.inputs import enough_damping
 
 
@@ -59,7 +59,7 @@ class TKFAC:
 
         positions : "apart", as in the paper, or "summed" (`summed_factors`).
         """
-        return cls.from_factors(factors_of(cls, positions)(a, g))
+        return cls.from_factors(_factors_of(cls, positions)(a, g))
 
     @classmethod
     def from_factors(cls, factors):

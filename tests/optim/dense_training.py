@@ -18,6 +18,7 @@ from .oracles import (
     factors_of_independence,
     layer_rows,
     second_moments,
+    summed_numerators,
     trace_restricted_numerators,
     trained,
     vec,
@@ -45,6 +46,8 @@ class Settings:
     interval: tuple = (1, 1, 1)
     warmup: int = 0
     decay: float = 0.95
+    positions: str = "apart"
+    trust: float | None = None
 
     def arguments(self):
         """Keyword arguments of an optimizer, the damping as one of its rules."""
@@ -53,8 +56,9 @@ class Settings:
             "Added": Added(self.damping),
             "ByTrace": ByTrace(self.damping, multiplier=self.multiplier, floor=self.floor),
         }
-        names = ("lr", "momentum", "weight_decay", "interval", "warmup", "decay")
-        return {name: getattr(self, name) for name in names} | {"damping": rules[self.rule]}
+        other = ("interval", "warmup", "decay", "positions", "trust")
+        same = {name: getattr(self, name) for name in ("lr", "momentum", "weight_decay", *other)}
+        return same | {"damping": rules[self.rule]}
 
 
 class DenseLayer:
@@ -70,8 +74,11 @@ class DenseLayer:
         if step < s.warmup:
             step = 0  # every interval divides it
         if step % factors == 0:
-            independence = self.method in INDEPENDENCE
-            rule = factors_of_independence if independence else trace_restricted_numerators
+            rule = trace_restricted_numerators
+            if self.method in INDEPENDENCE:
+                rule = factors_of_independence
+            elif s.positions == "summed":
+                rule = summed_numerators
             self.numerators = averaged(self.numerators, rule(a, g), s.decay)
         if step % bases == 0:
             if self.method in INDEPENDENCE:
@@ -144,8 +151,13 @@ class DenseTraining:
         for module, layer in self.layers.items():
             layer.update(self.steps, *rows[module])
         damping = self.dampings()
-        for module, layer in self.layers.items():
-            self.step_layer(module, layer, damping[module], gradients)
+        directions = {
+            module: self.direction(module, layer, damping[module], gradients)
+            for module, layer in self.layers.items()
+        }
+        shrunk = self.shrinkage(directions, damping)
+        for module, (_, direction) in directions.items():
+            self.step_layer(module, shrunk * direction)
         for parameter in set(parameters).difference(*map(trained, self.layers)):
             self.move(parameter, gradients[parameter])
         self.steps += 1
@@ -162,10 +174,23 @@ class DenseTraining:
         pace = max(own.values(), default=1.0)
         return {module: own.get(module, pace * s.damping) for module in self.layers}
 
-    def step_layer(self, module, layer, damping, gradients):
+    def direction(self, module, layer, damping, gradients):
+        """The gradient, and the damped inverse times it, times the damping."""
         M = weight_matrix(*[gradients[parameter] for parameter in trained(module)])
         solved = np.linalg.solve(layer.damped(damping), vec(M))
-        direction = damping * solved.reshape(M.shape, order="F")
+        return M, damping * solved.reshape(M.shape, order="F")
+
+    def shrinkage(self, directions, damping):
+        """What makes stepᵀ (F̂ + λ) step, summed over layers, at most κ; by the dense matrices."""
+        if self.settings.trust is None:
+            return 1.0
+        predicted = 0.0
+        for module, (_, direction) in directions.items():
+            step = self.settings.lr * vec(direction)
+            predicted += step @ self.layers[module].damped(damping[module]) @ step
+        return min(1.0, (self.settings.trust / predicted) ** 0.5)
+
+    def step_layer(self, module, direction):
         kernel = module.weight[0].numel()
         parts = [
             direction[:, :kernel].reshape(module.weight.shape),

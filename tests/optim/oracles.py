@@ -248,6 +248,18 @@ def trace_restricted_numerators(a, g):
     return delta, left, right
 
 
+def summed_numerators(a, g):
+    """δ, δΦ and δΨ of each example's gradient, summed over its positions: partial traces of F."""
+    (S, N, T, d_out), d_in = g.shape, a.shape[2]
+    F = np.zeros((d_in, d_out, d_in, d_out))
+    for s, n in np.ndindex(S, N):
+        G = sum(np.outer(a[n, t], g[s, n, t]) for t in range(T))
+        F += np.multiply.outer(G, G) / N
+    left = sum(F[:, o, :, o] for o in range(d_out))
+    right = sum(F[i, :, i, :] for i in range(d_in))
+    return np.trace(left), left, right
+
+
 def assert_close(actual, expected, rtol=1e-10):
     """Same shape, and every entry within rtol of the largest expected one; no absolute part."""
     actual = actual.detach().numpy() if isinstance(actual, torch.Tensor) else np.asarray(actual)

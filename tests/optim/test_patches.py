@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from tekfac_edu.optim.layers import factored_layer
-from tekfac_edu.optim.layers.patches import kernel_rows, patches, rows_of_basis
+from tekfac_edu.optim.layers.patches import kernel_rows, patches
 from tekfac_edu.optim.sampling import Grid
 
 from . import oracles
@@ -126,23 +126,9 @@ def test_kernel_rows_hold_the_columns_of_the_patches(case, memory):
                 assert np.array_equal(ours.numpy(), full[:, :, column])
 
 
-@every_whole_one
-def test_the_sum_over_kernel_rows_is_the_product_with_patches(case):
-    """Of any matrix in place of the basis: nothing here needs it to be orthogonal."""
-    module, x = convolution_and_input(case)
-    d_in = module.weight[0].numel() + (module.bias is not None)
-    Q = gaussian(d_in, d_in + 1)
-    full = rows_by_counting(module, x)
-    g = gaussian(N, 4, full.shape[1], seed=8)
-    expected = [g[n].numpy() @ full[n] @ Q.numpy()[: full.shape[2]] for n in range(N)]
-    pairs = zip(kernel_rows(module, x), rows_of_basis(module, Q), strict=True)
-    assert_close(sum(g @ row.mT @ basis for row, basis in pairs), np.array(expected))
-
-
 @pytest.mark.parametrize("S", [1, 3])
-@pytest.mark.parametrize("columns", ["all", "three"])
 @every_convolution
-def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(case, S, columns):
+def test_each_example_s_gradient_is_that_of_a_loop_over_positions(case, S):
     """In groups, of each in its own; and nothing that they are made of is touched."""
     module, x = convolution_and_input(case)
     layer = factored_layer("layer", module, len(oracles.trained(module)) == 2)
@@ -151,19 +137,14 @@ def test_gradients_in_a_basis_are_those_of_a_loop_over_examples_and_positions(ca
     g = gaussian(S, N, module.out_channels, *image)
     a = np.stack([oracles.input_rows(module, one) for one in x], -3)
     rows = np.stack([np.stack([oracles.output_rows(module, one) for one in v], -3) for v in g], -4)
-    *blocks, d_out, d_in = layer.shape
-    k = d_in if columns == "all" else min(3, d_in)
-    Q_in, Q_out = gaussian(*blocks, d_in, k, seed=1), gaussian(*blocks, d_out, d_out, seed=2)
+    d_out, d_in = layer.d_out, layer.d_in
 
-    def turned(a, g, Q_in, Q_out):
+    def summed(a, g):
         G = np.zeros((S, N, d_out, d_in))
         for s, n, t in np.ndindex(S, N, a.shape[1]):
             G[s, n] += np.outer(g[s, n, t], a[n, t])
-        return Q_out.T @ G @ Q_in
+        return G
 
-    inputs = [x, g, Q_in, Q_out]
-    before = [tensor.clone() for tensor in inputs]
-    G, Q_in_for_G = layer.turned_gradients(*inputs)
-    expected = by_group(module, turned, a, rows, Q_in.numpy(), Q_out.numpy())
-    assert_close(G @ Q_in_for_G[..., None, None, :, :], expected)
-    assert all(torch.equal(*pair) for pair in zip(inputs, before, strict=True))
+    before = x.clone(), g.clone()
+    assert_close(layer.example_gradients(x, list(g)), by_group(module, summed, a, rows))
+    assert torch.equal(x, before[0]) and torch.equal(g, before[1])

@@ -24,7 +24,7 @@ DAMPINGS = [0.5, 0.01, 2.0, 0.3, 0.1, 3.0, 1e-4, 0.02, 0.7]
 
 def settings_of(rule):
     """Of which only the rule counts here; its own λ is not one of the layers'."""
-    return Settings("empirical", (1, 1, 1), 0.95, 0, rule(1.0), Cost(), 0)
+    return Settings("empirical", (1, 1, 1), 0.95, 0, None, "apart", rule(1.0), Cost(), 0)
 
 
 def layer_of(*shape, dtype=torch.float64):

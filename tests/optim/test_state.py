@@ -114,6 +114,8 @@ DECIDING = {
     "interval": (TEKFAC, {}, (1, 1, 1)),
     "decay": (TEKFAC, {"decay": 0.6}, 0.95),
     "warmup": (TEKFAC, {"warmup": 5}, 20),
+    "trust": (TEKFAC, {"trust": 1e-3}, None),
+    "positions": (TEKFAC, {"positions": "summed"}, "apart"),
     "damping.rule": (KFAC, {"damping": Added(0.1)}, "Paper"),
     "damping.multiplier": (TEKFAC, {"damping": ByTrace(0.1, multiplier=2.0)}, 1.0),
     "damping.floor": (TEKFAC, {"damping": ByTrace(0.1, floor=1e3)}, 1e-8),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tekfac_edu import reference
-from tekfac_edu.optim import EKFAC, TEKFAC, ByTrace, Cost, Paper
+from tekfac_edu.optim import EKFAC, TEKFAC, TKFAC, ByTrace, Cost, Paper
 
 from .dense_training import DenseTraining, Settings, looped_rows
 from .networks import CLASSES, batches, cnn, double_precision, mlp
@@ -90,6 +90,8 @@ VARIANTS = {
     "averages that forget": {"decay": 0.4},
     "warm-up": {"warmup": 2, "interval": (3, 2, 4)},
     "damping added": {"rule": "Added"},
+    "a trust region that acts": {"trust": 1e-4},
+    "a trust region, by trace": {"trust": 1e-4, "rule": "ByTrace", "lr": 3.0},
     "by trace": {"rule": "ByTrace", "lr": 0.3},
     "by trace, multiplied": {"rule": "ByTrace", "multiplier": 3.0, "damping": 0.5, "lr": 0.3},
     "by trace, floor above every trace": {"rule": "ByTrace", "floor": 1e4, "lr": 0.1},
@@ -102,6 +104,12 @@ VARIANTS = {
 def test_variants_of_the_update(network, method, variant):
     settings = {"momentum": 0.5, "weight_decay": 0.1, "interval": (1, 2, 1)}
     compare(network, method, 3, Settings(**settings | VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("method", [TKFAC, TEKFAC])
+@every_network
+def test_factors_of_summed_positions(network, method):
+    compare(network, method, 3, Settings(interval=(1, 2, 1), positions="summed", lr=0.5))
 
 
 def targets(loss, x, labels):

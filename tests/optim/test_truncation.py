@@ -158,15 +158,16 @@ def test_the_last_column_has_the_mean_of_what_the_columns_do_not_explain(shape, 
     Q_in, Q_out = orthogonal(5, seed=2)[:, :k], orthogonal(3, seed=3)
     G = np.einsum("snto,nti->snoi", g.numpy(), a.numpy())
     expected = with_mean(second_moments(G, completed(Q_in.numpy()), Q_out.numpy()), k)
-    assert_close(TruncatedBasis.corrected_eigenvalues(a, g, Q_in, Q_out), expected)
-    assert_close(TruncatedBasis.second_moments(Q_out.T @ torch.tensor(G), Q_in), expected)
+    formula = TruncatedBasis.corrected_eigenvalues
+    assert_close(formula.of_rows(a, g, Q_in, Q_out), expected)
+    assert_close(formula.of_gradients(torch.tensor(G), Q_in, Q_out), expected)
 
 
 def test_what_rounding_leaves_is_not_below_zero():
     """Gradients in the span of the columns: the rest is a difference of equal sums."""
     Q_in, Q_out = orthogonal(40, seed=1)[:, :7].float(), orthogonal(9, seed=2).float()
     a, g = gaussian(30, 7).float() @ Q_in.T, gaussian(30, 9, seed=3).float()
-    D = TruncatedBasis.corrected_eigenvalues(a, g, Q_in, Q_out)
+    D = TruncatedBasis.corrected_eigenvalues.of_rows(a, g, Q_in, Q_out)
     assert D.min() >= 0
     assert D[:, -1].max() < 1e-5 * D.max()
 

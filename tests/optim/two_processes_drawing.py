@@ -33,7 +33,7 @@ class Watched:
 
     def __enter__(self):
         self.counted, self.examples = [], []
-        self.ordinary = Chunk.rows, Chunk.eigenvalues
+        self.ordinary = Chunk.rows, Chunk.statistic
 
         def rows(chunk):
             a, g = self.ordinary[0](chunk)
@@ -41,18 +41,18 @@ class Watched:
                 self.counted.append(a.shape[:2].numel())
             return a, g
 
-        def eigenvalues(chunk, basis):
+        def statistic(chunk, formula, *arguments):
             self.examples.append(len(chunk))
             Chunk.rows = self.ordinary[0]  # what it needs itself is not for factors
-            D = self.ordinary[1](chunk, basis)
+            D = self.ordinary[1](chunk, formula, *arguments)
             Chunk.rows = rows
             return D
 
-        Chunk.rows, Chunk.eigenvalues = rows, eigenvalues
+        Chunk.rows, Chunk.statistic = rows, statistic
         return self
 
     def __exit__(self, *_):
-        Chunk.rows, Chunk.eigenvalues = self.ordinary
+        Chunk.rows, Chunk.statistic = self.ordinary
 
 
 def trained(method, steps, part, **options):

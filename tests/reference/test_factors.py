@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 
 from tekfac_edu.reference import (
     KFAC,
+    TEKFAC,
     TKFAC,
     KFACFactors,
     TraceRestrictedFactors,
     averaged,
+    eigenbasis,
     kfac_factors,
     partial_traces,
+    summed_factors,
     trace_restricted_factors,
 )
 
@@ -203,3 +206,31 @@ def test_given_factors_are_used_as_given():
     assert_close(KFAC.from_factors(KFACFactors(A, G)).dense(), np.kron(A, G))
     factors = TraceRestrictedFactors(5.0, A / 3, G / 5)
     assert_close(TKFAC.from_factors(factors).dense(), 5.0 * np.kron(A / 3, G / 5))
+
+
+@pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
+def test_summed_factors_are_the_partial_traces_of_the_fisher_block(batch):
+    """Of the true one, whose positions are summed before anything is squared."""
+    a, g = batch.draw()
+    factors, F = summed_factors(a, g), fisher_by_loops(a, g)
+    left, right = partial_traces(F, a.shape[-1], g.shape[-1])
+    assert factors.delta == pytest.approx(np.trace(F), rel=1e-12, abs=0.0)
+    assert_close(factors.delta * factors.Phi, left)
+    assert_close(factors.delta * factors.Psi, right)
+
+
+def test_summed_factors_of_nothing_are_isotropic():
+    factors = summed_factors(np.ones((3, 2, 2)), np.zeros((3, 2, 4)))
+    assert factors.delta == 0
+    assert_close(factors.Phi, np.eye(2) / 2)
+    assert_close(factors.Psi, np.eye(4) / 4)
+
+
+@pytest.mark.parametrize("method", [TKFAC, TEKFAC])
+def test_a_method_is_built_on_the_factors_it_is_asked_for(method):
+    a, g = Batch("", N=6, d_in=3, d_out=2, T=4).draw()
+    apart, summed = method.fit(a, g), method.fit(a, g, "summed")
+    assert_close(summed.Q_in, eigenbasis(summed_factors(a, g).Phi)[1])
+    assert np.abs(summed.Q_in - apart.Q_in).max() > 1e-3
+    with pytest.raises(ValueError, match="positions"):
+        method.fit(a, g, "together")
