@@ -49,7 +49,7 @@ def build_optimizer(configuration, model):
         decay=c.decay,
         warmup=c.warmup,
         trust=c.trust,
-        positions=c.positions if make.summed_factors else "apart",
+        positions=c.positions if getattr(make, "summed_factors", None) else "apart",
         cost=c.cost,
     )
 

@@ -156,6 +156,7 @@ def called(monkeypatch, **settings):
 COST = Cost(3.0, 7, 5, "qr", True, "bfloat16")
 SETTINGS = {"lr": 0.7, "momentum": 0.3, "weight_decay": 0.2, "damping": 0.5, "fisher": "exact"}
 SETTINGS |= {"interval": 3, "warmup": 4, "decay": 0.6, "cost": COST}
+SETTINGS |= {"trust": 0.02, "positions": "summed"}
 
 
 @pytest.mark.parametrize("rule", ["paper", "added", "by-trace"])
@@ -283,3 +284,11 @@ def test_the_schedule_of_a_run_taken_up_is_the_same_to_the_last_bit(schedule):
     whole = rates(schedule, 4, 5)
     for step in range(21):
         assert rates(schedule, 4, 5, stopped_at=step) == whole
+
+
+@pytest.mark.parametrize("name", KRONECKER)
+def test_positions_are_summed_where_the_method_can(name):
+    """So that one configuration serves a race of all."""
+    optimizer = build_optimizer(*digits_model(optimizer=name, positions="summed"))
+    summed = name in ("tkfac", "tekfac")
+    assert optimizer.settings.positions == ("summed" if summed else "apart")
