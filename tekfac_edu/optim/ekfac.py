@@ -1,10 +1,10 @@
-"""EKFAC in PyTorch: factors of independence, eigenvalues corrected.
+"""EKFAC in PyTorch: factors of independence, eigenvalues measured.
 
     F ≈ (Q_A ⊗ Q_G) diag(S*) (Q_A ⊗ Q_G)ᵀ          S* = E[(Q_Gᵀ G_n Q_A)²]
     damped:  S* + λ
 
-George, Laurent, Bouthillier, Ballas & Vincent 2018. `reference/ekfac.py` is the same idea in NumPy;
-its uncorrected sibling is `kfac.py`; `tekfac.py` is the same with trace-restricted factors.
+George, Laurent, Bouthillier, Ballas & Vincent 2018. `kfac.py` takes the factors' eigenvalues
+instead, `tekfac.py` has other factors. `reference/ekfac.py` is the same in NumPy.
 """
 
 from tekfac_edu.optim.eigenvalues import MeasuredEigenvalues
@@ -13,7 +13,7 @@ from tekfac_edu.optim.optimizer import KroneckerOptimizer
 
 
 class EKFAC(KroneckerOptimizer):
-    """EKFAC: factors of independence, eigenvalues corrected."""
+    """EKFAC: factors of independence, eigenvalues measured."""
 
     factors = staticmethod(kfac_factors)  # A, G
     eigenvalues = MeasuredEigenvalues  # S*

@@ -3,8 +3,8 @@
     F = E[Λ ⊗ Γ] ≈ E[Λ] ⊗ E[Γ] = A ⊗ G              D = s_G s_Aᵀ
     damped:  (A + π√λ I) ⊗ (G + (√λ/π) I)
 
-Martens & Grosse 2015; for convolutions Grosse & Martens 2016. `reference/kfac.py` is the same idea
-in NumPy; its corrected sibling is `ekfac.py`.
+Martens & Grosse 2015; for convolutions Grosse & Martens 2016. `ekfac.py` measures its eigenvalues
+instead, `tkfac.py` has other factors. `reference/kfac.py` is the same in NumPy.
 """
 
 from tekfac_edu.optim.damping import kfac_damping

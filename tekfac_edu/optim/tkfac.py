@@ -3,8 +3,8 @@
     F ≈ δ Φ ⊗ Ψ      δ = E[tr Λ · tr Γ],  Φ = E[tr(Γ) Λ]/δ,  Ψ = E[tr(Λ) Γ]/δ      D = δ s_Ψ s_Φᵀ
     damped:  (√δ Φ + √λ I) ⊗ (√δ Ψ + √λ I)
 
-Gao, Liu, Huang, Wang, Wang, Xu & Yu 2021. `reference/tkfac.py` is the same idea in NumPy; its
-corrected sibling is `tekfac.py`.
+Gao, Liu, Huang, Wang, Wang, Xu & Yu 2021. `tekfac.py` measures its eigenvalues instead, `kfac.py`
+has other factors. `reference/tkfac.py` is the same in NumPy.
 """
 
 from tekfac_edu.optim.eigenvalues import FactorEigenvalues
