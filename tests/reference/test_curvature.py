@@ -5,10 +5,9 @@ import pytest
 
 from tekfac_edu.reference import EKFAC, KFAC, TEKFAC, TKFAC, LayerCurvature, averaged
 
+from .methods import every_method
 from .oracles import Batch, DenseLayer, assert_close
 
-METHODS = [KFAC, EKFAC, TKFAC, TEKFAC]
-every_method = pytest.mark.parametrize("method", METHODS)
 SHAPES = {
     "plain": Batch("", 6, 4, 3),
     "positions": Batch("", 5, 3, 4, T=3),

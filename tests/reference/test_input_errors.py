@@ -46,6 +46,8 @@ from tekfac_edu.reference import (
     vec,
 )
 
+from .methods import every_method
+
 NOT_FINITE = r"nan|inf|finite"
 ones = np.ones
 
@@ -113,7 +115,6 @@ def test_a_and_g(call, case):
     refuses(argument, got, FROM_A_AND_G[call], a, g)
 
 
-METHODS = [KFAC, EKFAC, TKFAC, TEKFAC]
 BAD_DAMPING = {
     "negative": (-1e-3, r"-0\.001|-1e-0?3"),
     "nan": (np.nan, "nan"),
@@ -129,7 +130,7 @@ def fitted(method):
     return method.fit(rng.normal(size=(6, 3)), rng.normal(size=(6, 2)))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize("case", BAD_DAMPING)
 def test_damping(method, case):
     damping, got = BAD_DAMPING[case]
@@ -138,7 +139,7 @@ def test_damping(method, case):
     refuses("damping", got, fitted(method).dense, damping=damping)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 @pytest.mark.parametrize(
     ("M", "got"),
     [
@@ -156,7 +157,7 @@ def test_the_gradient_to_precondition(method, M, got):
     refuses("M", got, fitted(method).precondition, M, 0.1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@every_method
 def test_what_would_be_right_is_said(method):
     with pytest.raises(ValueError, match=r"\(2, 3\)"):
         fitted(method).precondition(ones((3, 2)), 0.1)

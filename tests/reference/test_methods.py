@@ -8,6 +8,7 @@ from hypothesis import given
 
 from tekfac_edu.reference import EKFAC, KFAC, TEKFAC, TKFAC
 
+from .methods import every_method
 from .oracles import (
     BATCHES,
     SHAPES,
@@ -22,9 +23,7 @@ from .oracles import (
     vec_by_loops,
 )
 
-METHODS = [KFAC, EKFAC, TKFAC, TEKFAC]
 MEASURED = [EKFAC, TEKFAC]
-every_method = pytest.mark.parametrize("method", METHODS)
 every_batch = pytest.mark.parametrize("batch", BATCHES, ids=lambda b: b.name)
 
 

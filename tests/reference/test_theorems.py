@@ -22,6 +22,7 @@ from tekfac_edu.reference import (
     trace_restricted_factors,
 )
 
+from .methods import METHODS, every_method
 from .oracles import (
     Batch,
     assert_close,
@@ -36,9 +37,7 @@ from .oracles import (
     vec_by_loops,
 )
 
-METHODS = [KFAC, EKFAC, TKFAC, TEKFAC]
 PAIRS = [(KFAC, EKFAC), (TKFAC, TEKFAC)]
-every_method = pytest.mark.parametrize("method", METHODS)
 seeds = st.integers(0, 2**16)
 
 
