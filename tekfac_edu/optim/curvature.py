@@ -198,7 +198,7 @@ def preconditioned(curvatures, matrices, dampings, settings):
     for layer, M in matrices.items():
         if curvatures[layer].ready:
             alone = layer if M.numel() > LARGE else None
-            key = M.shape, M.dtype, curvatures[layer].basis.shape, alone
+            key = M.shape, M.dtype, curvatures[layer].basis.Q_in.shape, alone
             shapes.setdefault(key, []).append(layer)
     for layers in shapes.values():
         alike = [curvatures[layer] for layer in layers]

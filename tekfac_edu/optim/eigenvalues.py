@@ -7,7 +7,7 @@
 G_n = Σ_t g_nt ā_ntᵀ, there are two orders of computing it:
 
     project, then form      N·(T·d_in² + S·T·d_out² + S·T·d_in·d_out)    multiplications
-    form, then project      N·S·(T·d_out² + T·d_in·d_out + d_out·d_in²)  (g is projected at once)
+    form, then project      N·S·(T·d_in·d_out + d_in·d_out² + d_out·d_in²)
 
 The second is far cheaper when T is large, and for a convolution needs no patches. With T = 1
 nothing needs to be formed: G_n has rank one and D = ((g Q_out)²)ᵀ ((a Q_in)²) / N, one product.

@@ -54,8 +54,8 @@ class KroneckerOptimizer(torch.optim.Optimizer):
     warmup : at each of the first so many steps everything is refreshed (ours: an untrained
         network's gradients are small, its curvature grows a hundredfold while it begins to learn,
         and steps by the first one are too long; chapter 12).
-    trust : κ > 0, bounds the predicted change of the model's outputs in a step (`trust.py`); None:
-        no bound.
+    trust : κ > 0, bounds what a direction is predicted to change in the model's outputs, before
+        momentum (`trust.py`); None: no bound.
     positions : "apart": factors are sums over positions, as in the papers; or, of TKFAC and TEKFAC,
         "summed": those of each example's gradient, summed over its positions (ours).
     cost : "exact", "low", or a Cost: what is drawn, truncated, staggered and rounded.

@@ -53,10 +53,11 @@ class Cost:
 
     factor_rows: float | None = None
     """Per number in a layer's input (d_in), from how many examples times positions its factors are
-    estimated, at positions drawn anew each time; None: all there are."""
+    estimated, at positions drawn anew each time; None: all there are. Not where positions are
+    summed: there the examples are those of the eigenvalues."""
     eigenvalue_examples: int | None = None
     """From how many examples of the batch, drawn anew each time, the eigenvalues of EKFAC and
-    TEKFAC are measured; None: all."""
+    TEKFAC are measured, and factors of summed positions taken; None: all."""
     input_rank: int | None = None
     """Of a layer with more inputs, the eigenvectors kept on their side, those of the largest
     eigenvalues; what the others have is spread evenly over them, so that tr F is kept. None: all.

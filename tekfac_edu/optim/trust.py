@@ -1,11 +1,12 @@
-"""A trust region: no step may be predicted to change the model's outputs by more than κ.
+"""A trust region: no direction may be predicted to change the model's outputs by more than κ.
 
     ν = min(1, √(κ / Σ_l (α λ_l)² ⟨d_l, ∇_l⟩))          step_l = α λ_l d_l,  d_l = (F̂_l + λ_l)⁻¹ ∇_l
 
-The sum is stepᵀ (F̂ + λ) step: with the Fisher, twice the KL divergence, to second order, between
-the model's distributions before and after the step. All factored layers' directions are multiplied
-by one ν, so the step keeps its course. (Ba, Grosse & Martens 2017; implementations of KFAC know it
-as "KL clipping", most with κ = 0.001.)
+F̂_l + λ_l stands for the damped matrix. The sum is stepᵀ (F̂ + λ) step, at least stepᵀ F̂ step: with
+the Fisher, twice the KL divergence, to second order, between the model's distributions before and
+after. All factored layers' directions are multiplied by one ν, so they keep their course. Momentum
+comes afterwards: what moves the weights may be up to 1 / (1 − τ) times as long. (Ba, Grosse &
+Martens 2017; implementations of KFAC know it as "KL clipping", often with κ = 0.001.)
 """
 
 import torch

@@ -186,3 +186,22 @@ def four_layers_alike():
 def test_the_layers_of_the_tests_have_the_shapes_they_should():
     for shape in SHAPES:
         assert curvature_of(TKFAC, shape, 0).layer.shape == shape
+
+
+@every_method
+def test_a_truncated_layer_is_not_stacked_with_a_whole_one_of_its_width(method):
+    """Of 5 inputs 4 are kept, and D has 5 columns, as beside; both in the midst of a change."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    optimizer = method(model, 0.1, damping=0.1, **EVERY_STEP)
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    model(x).square().sum(1).mean().backward()
+    optimizer.step()
+    first = optimizer.curvatures[optimizer.layers[0]]
+    first.cost = Cost(input_rank=4)
+    first.turn_to(first.decompose(), 1)
+    M = {layer: layer.gradient() for layer in optimizer.layers}
+    arguments = optimizer.dampings(), optimizer.settings
+    together = preconditioned(optimizer.curvatures, M, *arguments)
+    for layer, result in together.items():
+        alone = preconditioned(optimizer.curvatures, {layer: M[layer]}, *arguments)[layer]
+        assert_close(result, alone.numpy(), rtol=1e-12)
